@@ -1,0 +1,317 @@
+"""From an image to its embedding, and from prompts to masks, without any state in between."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from sam_ext.errors import PromptError
+from sam_ext.image_encoder import encode_image
+from sam_ext.mask_decoder import decode_masks
+from sam_ext.prompt_encoder import (
+    BOX_BOTTOM_RIGHT,
+    BOX_TOP_LEFT,
+    NOT_A_POINT,
+    dense_position_encoding,
+    embed_dense,
+    embed_tokens,
+)
+from sam_ext.sam import Sam
+
+__all__ = ["Embedding", "ObjectMasks", "ObjectPrompt", "Predictor"]
+
+# Objects that go through the decoder together: bounds its memory, and more are not faster.
+_OBJECTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ObjectPrompt:
+    """What says which one object is meant: points, a box, an earlier mask, or several of them.
+
+    Coordinates are (x, y) in pixels of the original image, as segment-anything's `SamPredictor`
+    takes them; they stay sub-pixel.
+    """
+
+    point_coords: NDArray[np.floating[Any]]
+    """[T, 2]; [0, 2] without points."""
+    point_labels: NDArray[np.integer[Any]]
+    """[T], 1 for the object and 0 for what is not it."""
+    box_xyxy: NDArray[np.floating[Any]] | None = None
+    """[4]: left, top, right, bottom."""
+    mask_input: NDArray[np.floating[Any]] | None = None
+    """[h, w], one of the `low_res_logits` of an earlier answer on the same image."""
+
+    def __post_init__(self) -> None:
+        coords, labels, box = self.point_coords, self.point_labels, self.box_xyxy
+        if coords.ndim != 2 or coords.shape[1] != 2 or labels.shape != coords.shape[:1]:
+            raise PromptError(
+                "point_coords and point_labels must be [T, 2] and [T], "
+                f"got {list(coords.shape)} and {list(labels.shape)}"
+            )
+        if not np.isin(labels, (0, 1)).all():
+            raise PromptError(f"point_labels must be 0 or 1, got {labels.tolist()}")
+        if not np.isfinite(coords).all():
+            raise PromptError(f"point_coords must be finite, got {coords.tolist()}")
+        if box is not None and not (
+            box.shape == (4,) and np.isfinite(box).all() and (box[:2] <= box[2:]).all()
+        ):
+            raise PromptError(
+                f"box_xyxy must be finite [left, top, right, bottom], got {box.tolist()}"
+            )
+        if self.mask_input is not None and not np.isfinite(self.mask_input).all():
+            raise PromptError("mask_input must be finite, got NaN or infinity")
+        if not len(coords) and box is None and self.mask_input is None:
+            raise PromptError("an object must have a point, a box or a mask, got none of them")
+
+    @property
+    def is_single_point(self) -> bool:
+        """Whether there is one point and nothing else, so that it may mean several objects."""
+        return len(self.point_coords) == 1 and self.box_xyxy is None and self.mask_input is None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ObjectMasks:
+    """The masks that one object's prompt may mean."""
+
+    masks: NDArray[np.bool_]
+    """[M, H, W], of the original image's size."""
+    iou_predictions: NDArray[np.float32]
+    """[M], how well the model expects each mask to overlap the object."""
+    low_res_logits: NDArray[np.float32]
+    """[M, h, w], what may be given back as `ObjectPrompt.mask_input`."""
+
+    def best(self, prompt: ObjectPrompt) -> int:
+        """Choose the mask with the highest predicted IoU among those that agree with most points.
+
+        A mask agrees with a point that it holds, or that it leaves out if the point's label is 0.
+        Points outside the image count as being on its border.
+        """
+        height, width = self.masks.shape[1:]
+        columns = np.clip(np.floor(prompt.point_coords[:, 0]), 0, width - 1).astype(np.intp)
+        rows = np.clip(np.floor(prompt.point_coords[:, 1]), 0, height - 1).astype(np.intp)
+        agreeing = (self.masks[:, rows, columns] == (prompt.point_labels == 1)).sum(axis=1)
+        candidates = np.flatnonzero(agreeing == agreeing.max())
+        return int(candidates[self.iou_predictions[candidates].argmax()])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embedding:
+    """An image as the decoder sees it."""
+
+    image_embeddings: Tensor
+    """[1, 256, h, w], padding included."""
+    original_size: tuple[int, int]
+    """(H, W) of the image."""
+    input_size: tuple[int, int]
+    """(H, W) to which it was resized for the encoder, padding left out."""
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that keeping this takes."""
+        return self.image_embeddings.nbytes
+
+
+class Predictor:
+    """Answers prompts with one SAM.
+
+    Nothing changes after construction, so threads may share it. Everything runs in inference mode.
+    On the same weights and prompts the answers are those of segment-anything's `SamPredictor`.
+    """
+
+    def __init__(self, sam: Sam) -> None:
+        """Take over a SAM, which must not be changed from here on."""
+        self._sam = sam
+        self.image_size: int = sam.image_encoder.img_size
+        """The side in pixels of the square that images are fitted into."""
+        self.device: torch.device = sam.device
+        self.fingerprint: str = _fingerprint(sam)
+        """Hex digest of the weights and sizes: equal exactly if every answer is equal."""
+
+    @torch.inference_mode()
+    def embed(self, image: NDArray[np.uint8]) -> Embedding:
+        """Encode an image.
+
+        Args:
+            image: [H, W, 3] RGB in 0..255, of any size; it is fitted into the training square,
+                padded at the bottom and right.
+
+        Raises:
+            PromptError: If `image` has another shape or type.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise PromptError(
+                f"image must be [H, W, 3] uint8, got {list(image.shape)} {image.dtype}"
+            )
+        height, width = image.shape[:2]
+        input_size = _input_size((height, width), self.image_size)
+        resized = Image.fromarray(image).resize(input_size[::-1], Image.Resampling.BILINEAR)
+        pixels = torch.tensor(np.asarray(resized)).to(self.device)  # [h, w, 3]
+        images = self._sam.preprocess(pixels.permute(2, 0, 1)[None])
+        return Embedding(
+            image_embeddings=encode_image(self._sam.image_encoder, images),
+            original_size=(height, width),
+            input_size=input_size,
+        )
+
+    def decode(
+        self,
+        embedding: Embedding,
+        prompts: Sequence[ObjectPrompt],
+        *,
+        multimask_output: bool | None = None,
+    ) -> list[ObjectMasks]:
+        """Predict the masks of each prompted object.
+
+        Args:
+            embedding: What `embed` gave for the image.
+            prompts: The objects; each is answered as if it were alone.
+            multimask_output: Three masks an object, or one; None gives three to an object with
+                exactly one point and nothing else, which may mean a part or the whole.
+
+        Returns:
+            One answer a prompt, in their order.
+
+        Raises:
+            PromptError: If a `mask_input` has another size than this embedding's logits.
+        """
+        answers = []
+        for prompt, (low_res, iou_predictions) in zip(
+            prompts, self.decode_low_res(embedding, prompts), strict=True
+        ):
+            several = prompt.is_single_point if multimask_output is None else multimask_output
+            chosen = slice(1, None) if several else slice(0, 1)
+            answers.append(
+                ObjectMasks(
+                    masks=np.stack([self.full_mask(embedding, one) for one in low_res[chosen]]),
+                    # Copied: a view would keep the logits of the whole batch alive.
+                    iou_predictions=iou_predictions[chosen].cpu().numpy().copy(),
+                    low_res_logits=low_res[chosen].cpu().numpy().copy(),
+                )
+            )
+        return answers
+
+    @torch.inference_mode()
+    def decode_low_res(
+        self, embedding: Embedding, prompts: Sequence[ObjectPrompt]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Predict each object's four masks, the single one first, at the decoder's resolution.
+
+        Args:
+            embedding: What `embed` gave for the image.
+            prompts: The objects.
+
+        Returns:
+            For each prompt logits [4, h, w], padding included, and IoU predictions [4].
+
+        Raises:
+            PromptError: If a `mask_input` has another size than this embedding's logits.
+        """
+        grid_h, grid_w = embedding.image_embeddings.shape[-2:]
+        wanted = (4 * grid_h, 4 * grid_w)
+        groups: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
+        tokens = [self._tokens(embedding, prompt) for prompt in prompts]
+        for index, prompt in enumerate(prompts):
+            mask = prompt.mask_input
+            if mask is not None and mask.shape != wanted:
+                raise PromptError(
+                    f"prompts[{index}].mask_input must be {list(wanted)}, as this image's "
+                    f"low_res_logits are, got {list(mask.shape)}"
+                )
+            # Padding to a common number of tokens would change the answers: no token is ignored.
+            groups[len(tokens[index][1]), mask is not None].append(index)
+
+        answers: dict[int, tuple[Tensor, Tensor]] = {}
+        for group in groups.values():
+            for start in range(0, len(group), _OBJECTS_AT_ONCE):
+                part = group[start : start + _OBJECTS_AT_ONCE]
+                masks = [m for index in part if (m := prompts[index].mask_input) is not None]
+                low_res, iou_predictions = self._decode_group(
+                    embedding,
+                    coords=np.stack([tokens[index][0] for index in part]),
+                    labels=np.stack([tokens[index][1] for index in part]),
+                    mask_input=np.stack(masks)[:, None] if masks else None,
+                )
+                answers.update(zip(part, zip(low_res, iou_predictions, strict=True), strict=True))
+        return [answers[index] for index in range(len(prompts))]
+
+    @torch.inference_mode()
+    def full_mask(self, embedding: Embedding, low_res: Tensor) -> NDArray[np.bool_]:
+        """Bring one mask's logits [h, w] to the original image's size and threshold them."""
+        logits = self._sam.postprocess_masks(
+            low_res[None, None], embedding.input_size, embedding.original_size
+        )
+        mask: NDArray[np.bool_] = (logits[0, 0] > self._sam.mask_threshold).cpu().numpy()
+        return mask
+
+    def _tokens(
+        self, embedding: Embedding, prompt: ObjectPrompt
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Write a prompt as SAM's labelled points [T, 2], [T] in pixels of the encoder's input."""
+        coords = [prompt.point_coords]
+        labels = [*prompt.point_labels.tolist()]
+        if prompt.box_xyxy is not None:
+            coords.append(prompt.box_xyxy.reshape(2, 2))
+            labels += [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
+        elif labels:
+            coords.append(np.zeros((1, 2)))
+            labels.append(NOT_A_POINT)
+        (height, width), (input_h, input_w) = embedding.original_size, embedding.input_size
+        scale = np.array([input_w / width, input_h / height])
+        return (
+            (np.concatenate(coords) * scale).astype(np.float32),
+            np.array(labels, dtype=np.int64),
+        )
+
+    def _decode_group(
+        self,
+        embedding: Embedding,
+        *,
+        coords: NDArray[np.float32],
+        labels: NDArray[np.int64],
+        mask_input: NDArray[np.floating[Any]] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode objects [P, T, 2], [P, T], [P, 1, 4h, 4w] that have equally many tokens."""
+        encoder = self._sam.prompt_encoder
+        grid_h, grid_w = embedding.image_embeddings.shape[-2:]
+        sparse = embed_tokens(
+            encoder,
+            torch.from_numpy(coords).to(self.device),
+            torch.from_numpy(labels).to(self.device),
+            input_size=(self.image_size, self.image_size),
+        )
+        mask = None
+        if mask_input is not None:
+            mask = torch.from_numpy(mask_input.astype(np.float32)).to(self.device)
+        return decode_masks(
+            self._sam.mask_decoder,
+            embedding.image_embeddings,
+            image_pe=dense_position_encoding(encoder, (grid_h, grid_w)),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=embed_dense(encoder, mask, grid_hw=(grid_h, grid_w)),
+        )
+
+
+def _input_size(size_hw: tuple[int, int], longest_side: int) -> tuple[int, int]:
+    """Fit an image's size into a square, rounded as segment-anything rounds it."""
+    scale = longest_side / max(size_hw)
+    height, width = (max(1, int(side * scale + 0.5)) for side in size_hw)
+    return height, width
+
+
+def _fingerprint(sam: Sam) -> str:
+    # The tensors' shapes tell all sizes but the windows'.
+    windows = [block.window_size for block in sam.image_encoder.blocks]
+    digest = hashlib.sha256(repr((sam.image_encoder.img_size, windows)).encode())
+    for name, tensor in sorted(sam.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,331 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamPredictor
+
+from sam_ext import predictor as predictor_module
+from sam_ext.config import MODELS
+from sam_ext.errors import PromptError
+from sam_ext.predictor import ObjectMasks, ObjectPrompt, Predictor
+from sam_ext.sam import build_sam
+from tests.conftest import build_small_sam
+
+
+@pytest.fixture(scope="module")
+def tiny_sam():
+    """Build the bundled size with weights that all matter: position tables start at zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        sam = build_sam(MODELS["tiny"])
+        for name, parameter in sam.named_parameters():
+            if "pos" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+    return sam
+
+
+def draw(height, width, seed=0):
+    """Draw soft blobs on noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    image = rng.integers(0, 60, (height, width, 3)).astype(np.float64)
+    for _ in range(4):
+        cy, cx, radius = rng.uniform(0.1, 0.6, 3)
+        blob = np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (0.1 * radius))
+        image += blob[..., None] * rng.uniform(0, 120, 3)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def prompt(points=(), labels=(), box=None, mask=None):
+    return ObjectPrompt(
+        point_coords=np.array(points, np.float64).reshape(-1, 2),
+        point_labels=np.array(labels, np.int64),
+        box_xyxy=None if box is None else np.array(box, np.float64),
+        mask_input=mask,
+    )
+
+
+def reference(sam, image):
+    """Let segment-anything itself embed an image."""
+    predictor = SamPredictor(sam)
+    predictor.set_image(image)
+    return predictor
+
+
+def assert_equals_reference(got, predictor, one, *, multimask_output):
+    has_points = len(one.point_coords) > 0
+    logits, iou_predictions, low_res_logits = predictor.predict(
+        point_coords=one.point_coords if has_points else None,
+        point_labels=one.point_labels if has_points else None,
+        box=one.box_xyxy,
+        mask_input=None if one.mask_input is None else one.mask_input[None],
+        multimask_output=multimask_output,
+        return_logits=True,
+    )
+    # Fused attention and batches add up in another order, so logits differ in the last digits; a
+    # pixel whose logit is zero but for these may fall on either side.
+    sure = np.abs(logits) > 1e-5
+    assert sure.mean() > 0.99
+    np.testing.assert_array_equal(got.masks[sure], logits[sure] > 0)
+    np.testing.assert_allclose(got.low_res_logits, low_res_logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got.iou_predictions, iou_predictions, rtol=0, atol=1e-5)
+    assert 0 < got.masks.mean() < 1  # else equality proves little
+    assert got.masks.dtype == np.bool_
+    assert (got.iou_predictions.dtype, got.low_res_logits.dtype) == (np.float32, np.float32)
+
+
+def assert_same(got, wanted):
+    np.testing.assert_array_equal(got.masks, wanted.masks)
+    np.testing.assert_array_equal(got.iou_predictions, wanted.iou_predictions)
+    np.testing.assert_array_equal(got.low_res_logits, wanted.low_res_logits)
+
+
+def prompts_of_every_kind(height, width, mask_side):
+    mask = np.random.default_rng(3).normal(0, 4, (mask_side, mask_side)).astype(np.float32)
+    box = [0.1 * width, 0.2 * height, 0.77 * width, 0.9 * height]
+    points = [[0.25 * width, 0.5 * height + 0.3], [0.6 * width - 0.1, 0.4 * height]]
+    return {
+        "one point": prompt(points[:1], [1]),
+        "one negative point": prompt(points[:1], [0]),
+        "two points": prompt(points, [1, 0]),
+        "two other points": prompt([[0, 0], [width - 1, height - 1]], [1, 1]),
+        "a box": prompt(box=box),
+        "the whole image": prompt(box=[0, 0, width, height]),
+        "a box and a point": prompt(points[:1], [1], box),
+        "a box and two points": prompt(points, [0, 1], box),
+        "a box and a mask": prompt(box=box, mask=mask),
+        "a point and a mask": prompt(points[:1], [1], mask=-mask),
+        "another point and a mask": prompt(points[1:], [1], mask=mask),
+        "a mask alone": prompt(mask=mask),
+    }
+
+
+@pytest.mark.parametrize(
+    "size_hw",
+    [
+        pytest.param((75, 133), id="wide"),
+        pytest.param((301, 140), id="tall"),
+        pytest.param((40, 23), id="smaller than the training size"),
+        pytest.param((64, 64), id="the small model's training size"),
+    ],
+)
+@pytest.mark.parametrize("model", ["small_sam", "tiny_sam"])
+def test_equals_segment_anything_for_every_kind_of_prompt(model, size_hw, request):
+    sam = request.getfixturevalue(model)
+    image = draw(*size_hw)
+    predictor = Predictor(sam)
+    embedding = predictor.embed(image)
+    prompts = prompts_of_every_kind(*size_hw, mask_side=predictor.image_size // 4)
+
+    wanted = reference(sam, image)
+    for multimask_output in (True, False):
+        got = predictor.decode(embedding, list(prompts.values()), multimask_output=multimask_output)
+        for one, answer in zip(prompts.values(), got, strict=True):
+            assert_equals_reference(answer, wanted, one, multimask_output=multimask_output)
+
+
+def test_the_embedding_equals_segment_anythings(tiny_sam):
+    image = draw(90, 201)
+    wanted = reference(tiny_sam, image).features
+    got = Predictor(tiny_sam).embed(image)
+    torch.testing.assert_close(got.image_embeddings, wanted, rtol=0, atol=1e-5)
+    assert (got.original_size, got.input_size) == ((90, 201), (115, 256))
+    assert got.nbytes == 4 * 256 * 16 * 16
+
+
+def test_only_one_lone_point_gets_three_masks_unless_asked(small_sam):
+    predictor = Predictor(small_sam)
+    embedding = predictor.embed(draw(30, 50))
+    prompts = prompts_of_every_kind(30, 50, mask_side=16)
+    got = dict(zip(prompts, predictor.decode(embedding, list(prompts.values())), strict=True))
+    assert {name: len(answer.masks) for name, answer in got.items()} == {
+        name: 3 if name in ("one point", "one negative point") else 1 for name in prompts
+    }
+    assert got["a box"].masks.shape == (1, 30, 50)
+    assert got["a box"].low_res_logits.shape == (1, 16, 16)
+
+
+def test_an_earlier_answer_can_be_given_back(tiny_sam):
+    image = draw(75, 133)
+    predictor = Predictor(tiny_sam)
+    embedding = predictor.embed(image)
+    first = predictor.decode(embedding, [prompt([[50, 30]], [1])])[0]
+    again = prompt([[50, 30], [70, 40]], [1, 0], mask=first.low_res_logits[1])
+    assert_equals_reference(
+        predictor.decode(embedding, [again])[0],
+        reference(tiny_sam, image),
+        again,
+        multimask_output=False,
+    )
+
+
+def test_many_objects_keep_their_order(small_sam, monkeypatch):
+    monkeypatch.setattr(predictor_module, "_OBJECTS_AT_ONCE", 2)
+    predictor = Predictor(small_sam)
+    image = draw(31, 47)
+    embedding = predictor.embed(image)
+    prompts = [prompt([[7 * i, 5 * i]], [1]) for i in range(5)]
+    prompts[1:1] = [prompt(box=[1, 2, 30, 20]), prompt(box=[5, 2, 30, 20])]
+    for one, answer in zip(prompts, predictor.decode(embedding, prompts), strict=True):
+        assert_equals_reference(
+            answer, reference(small_sam, image), one, multimask_output=one.is_single_point
+        )
+    assert predictor.decode(embedding, []) == []
+
+
+def test_a_very_thin_image_keeps_a_row(small_sam):
+    predictor = Predictor(small_sam)
+    embedding = predictor.embed(draw(1, 900))
+    assert embedding.input_size == (1, 64)
+    assert predictor.decode(embedding, [prompt([[450, 0]], [1])])[0].masks.shape == (3, 1, 900)
+
+
+def test_threads_may_share_a_predictor(small_sam):
+    predictor = Predictor(small_sam)
+    images = [draw(40 + 7 * i, 60 - 5 * i, seed=i) for i in range(4)]
+    prompts = [prompt([[20, 10]], [1]), prompt(box=[2, 3, 30, 20])]
+
+    def answer(image):
+        return predictor.decode(predictor.embed(image), prompts)
+
+    wanted = [answer(image) for image in images]
+    got = {}
+    start = threading.Barrier(len(images))
+
+    def work(index):
+        start.wait()
+        for turn in range(5):
+            got[index, turn] = answer(images[index])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 20
+    for (index, _), answers in got.items():
+        for one, other in zip(answers, wanted[index], strict=True):
+            assert_same(one, other)
+
+
+def test_nothing_is_kept_for_gradients(small_sam):
+    embedding = Predictor(small_sam).embed(draw(20, 30))
+    assert embedding.image_embeddings.is_inference()
+
+
+def test_the_fingerprint_tells_models_apart(small_sam):
+    fingerprint = Predictor(small_sam).fingerprint
+    assert len(fingerprint) == 64
+    assert Predictor(build_small_sam()).fingerprint == fingerprint
+    assert Predictor(build_small_sam(seed=1)).fingerprint != fingerprint
+
+    weight = small_sam.mask_decoder.iou_token.weight.data
+    weight[0, 5] = torch.nextafter(weight[0, 5], torch.tensor(2.0))
+    assert Predictor(small_sam).fingerprint != fingerprint
+
+    other_windows = build_small_sam()
+    other_windows.image_encoder.blocks[0].window_size = 2
+    assert Predictor(other_windows).fingerprint != fingerprint
+
+
+def square(top, left, side):
+    mask = np.zeros((6, 9), np.bool_)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("iou_predictions", "one", "best"),
+    [
+        pytest.param([0.3, 0.9, 0.5], prompt([[3, 3]], [1]), 1, id="all agree: highest score"),
+        pytest.param([0.3, 0.5, 0.9], prompt([[0.9, 0.2]], [1]), 2, id="only the largest agrees"),
+        pytest.param([0.3, 0.2, 0.9], prompt([[0.9, 0.2]], [0]), 0, id="negative point"),
+        pytest.param([0.3, 0.9, 0.8], prompt([[3, 3], [0, 0]], [1, 1]), 2, id="both count"),
+        pytest.param([0.1, 0.9, 0.8], prompt([[3, 3], [0, 0]], [1, 0]), 1, id="both kinds count"),
+        pytest.param([0.1, 0.9, 0.8], prompt([[-5, 9], [-1, 99]], [1, 1]), 2, id="outside"),
+        pytest.param([0.1, 0.9, 0.8], prompt(box=[0, 0, 9, 6]), 1, id="no points: highest score"),
+    ],
+)
+def test_the_best_mask_agrees_with_the_points(iou_predictions, one, best):
+    masks = np.stack([square(3, 3, 1), square(2, 2, 3), square(0, 0, 6)])
+    answer = ObjectMasks(
+        masks=masks,
+        iou_predictions=np.array(iou_predictions, np.float32),
+        low_res_logits=np.zeros((3, 4, 4), np.float32),
+    )
+    assert answer.best(one) == best
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(
+            {"points": [], "labels": []},
+            "an object must have a point, a box or a mask, got none of them",
+            id="nothing",
+        ),
+        pytest.param(
+            {"points": [[1, 2]], "labels": [1, 0]},
+            "point_coords and point_labels must be [T, 2] and [T], got [1, 2] and [2]",
+            id="a label too many",
+        ),
+        pytest.param(
+            {"points": [[1, 2]], "labels": [2]}, "point_labels must be 0 or 1, got [2]", id="label"
+        ),
+        pytest.param(
+            {"points": [[1, np.nan]], "labels": [1]},
+            "point_coords must be finite, got [[1.0, nan]]",
+            id="NaN in a point",
+        ),
+        pytest.param(
+            {"box": [5, 2, 3, 4]},
+            "box_xyxy must be finite [left, top, right, bottom], got [5.0, 2.0, 3.0, 4.0]",
+            id="box from right to left",
+        ),
+        pytest.param(
+            {"box": [0, 0, 3, np.inf]},
+            "box_xyxy must be finite [left, top, right, bottom], got [0.0, 0.0, 3.0, inf]",
+            id="infinite box",
+        ),
+        pytest.param(
+            {"box": [0, 0, 3]},
+            "box_xyxy must be finite [left, top, right, bottom], got [0.0, 0.0, 3.0]",
+            id="box of three",
+        ),
+        pytest.param(
+            {"mask": np.full((16, 16), np.nan)},
+            "mask_input must be finite, got NaN or infinity",
+            id="NaN in a mask",
+        ),
+    ],
+)
+def test_a_prompt_that_describes_no_object_is_refused(arguments, message):
+    with pytest.raises(PromptError) as raised:
+        prompt(**arguments)
+    assert str(raised.value) == message
+
+
+def test_a_mask_of_another_size_is_refused(small_sam):
+    predictor = Predictor(small_sam)
+    prompts = [prompt([[1, 1]], [1]), prompt(mask=np.zeros((16, 17)))]
+    with pytest.raises(PromptError) as raised:
+        predictor.decode(predictor.embed(draw(20, 30)), prompts)
+    assert str(raised.value) == (
+        "prompts[1].mask_input must be [16, 16], as this image's low_res_logits are, got [16, 17]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        pytest.param(np.zeros((4, 6), np.uint8), "[4, 6] uint8", id="grey"),
+        pytest.param(np.zeros((4, 6, 4), np.uint8), "[4, 6, 4] uint8", id="alpha"),
+        pytest.param(np.zeros((4, 6, 3)), "[4, 6, 3] float64", id="float"),
+        pytest.param(np.zeros((0, 6, 3), np.uint8), "[0, 6, 3] uint8", id="empty"),
+    ],
+)
+def test_an_image_of_another_form_is_refused(small_sam, image, found):
+    with pytest.raises(PromptError) as raised:
+        Predictor(small_sam).embed(image)
+    assert str(raised.value) == f"image must be [H, W, 3] uint8, got {found}"
