@@ -1,0 +1,1 @@
+"""Training SAM: losses, simulated prompts, data and the loops."""

@@ -1,0 +1,71 @@
+"""`python -m sam_ext.training`: run a recipe, resumably."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sam_ext.config import MODELS
+from sam_ext.sam import build_sam
+from sam_ext.training.recipes import TINY, open_sources
+from sam_ext.training.supervised import Stage, train
+
+_LOG = logging.getLogger("sam_ext.training")
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(prog="python -m sam_ext.training", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of COCO-format sets")
+    parser.add_argument("--out", type=Path, required=True, help="run directory; resumes there")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=TINY.config.seed)
+    parser.add_argument("--workers", type=int, default=1, help="processes that prepare samples")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default=TINY.config.optimizer)
+    parser.add_argument("--learning-rate", type=float, default=TINY.config.learning_rate)
+    parser.add_argument("--warmup", type=int, default=TINY.config.warmup_steps, metavar="STEPS")
+    parser.add_argument(
+        "--stage",
+        action="append",
+        metavar="SIZE:BATCH:STEPS:CLICKS",
+        help="replaces the recipe's stages; may be given several times",
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config = replace(
+        TINY.config,
+        seed=arguments.seed,
+        optimizer=arguments.optimizer,
+        learning_rate=arguments.learning_rate,
+        warmup_steps=arguments.warmup,
+    )
+    if arguments.stage:
+        config = replace(config, stages=tuple(_stage(text) for text in arguments.stage))
+    torch.manual_seed(config.seed)
+    sam = build_sam(MODELS[TINY.model]).to(arguments.device)
+    train(
+        sam,
+        open_sources(arguments.data, TINY.mix, splits=("train",), seed=config.seed),
+        config,
+        run_dir=arguments.out,
+        held_out=open_sources(arguments.data, TINY.held_out, splits=("val",), seed=config.seed),
+        num_workers=arguments.workers,
+        on_progress=_report,
+    )
+
+
+def _stage(text: str) -> Stage:
+    size, batch, steps, clicks = (int(part) for part in text.split(":"))
+    return Stage(image_size=size, batch_size=batch, steps=steps, clicks=clicks)
+
+
+def _report(line: dict[str, float]) -> None:
+    _LOG.info("  ".join(f"{key} {value:.4g}" for key, value in line.items()))
+
+
+if __name__ == "__main__":
+    main()

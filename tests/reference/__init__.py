@@ -1,0 +1,1 @@
+"""Slow, literal transcriptions of published equations; loops allowed; imported by tests only."""
