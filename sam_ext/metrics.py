@@ -1,0 +1,88 @@
+"""How good a mask is, against the mask that was wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from sam_ext.errors import ConfigError
+
+__all__ = ["boundary_iou", "ellipse_in_box", "iou", "rectangle_mask"]
+
+
+def iou(predicted: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """Intersection over union of two masks [H, W] of booleans; 1 where both are empty.
+
+    Raises:
+        ConfigError: If the shapes differ.
+    """
+    _check(predicted, wanted)
+    union = np.count_nonzero(predicted | wanted)
+    return float(np.count_nonzero(predicted & wanted) / union) if union else 1.0
+
+
+def boundary_iou(
+    predicted: NDArray[Any], wanted: NDArray[Any], *, dilation_ratio: float = 0.02
+) -> float:
+    """IoU of the parts of two masks that lie near their own outlines.
+
+    Args:
+        predicted: [H, W] bool.
+        wanted: [H, W] bool.
+        dilation_ratio: How near: this share of the image's diagonal, at least one pixel.
+
+    Returns:
+        0..1; 1 where both are empty.
+
+    Raises:
+        ConfigError: If the shapes differ.
+
+    Source:
+        Cheng et al., arXiv:2103.16562. The image's border counts as outline, as there.
+    """
+    _check(predicted, wanted)
+    height, width = predicted.shape
+    distance = max(round(dilation_ratio * float(np.hypot(height, width))), 1)
+    return iou(_boundary(predicted, distance), _boundary(wanted, distance))
+
+
+def rectangle_mask(box_xyxy: NDArray[Any], size_hw: tuple[int, int]) -> NDArray[Any]:
+    """Fill a box: the pixels [H, W] whose centres lie in it. What a mask has to beat."""
+    ys, xs = _pixel_centres(size_hw)
+    x0, y0, x1, y1 = (float(v) for v in box_xyxy)
+    filled: NDArray[Any] = (xs >= x0) & (xs < x1) & (ys >= y0) & (ys < y1)
+    return filled
+
+
+def ellipse_in_box(box_xyxy: NDArray[Any], size_hw: tuple[int, int]) -> NDArray[Any]:
+    """Fill the ellipse that touches a box's sides [H, W]: the second thing a mask has to beat."""
+    ys, xs = _pixel_centres(size_hw)
+    x0, y0, x1, y1 = (float(v) for v in box_xyxy)
+    u = (2 * xs - x0 - x1) / max(x1 - x0, 1e-6)
+    v = (2 * ys - y0 - y1) / max(y1 - y0, 1e-6)
+    filled: NDArray[Any] = u**2 + v**2 <= 1
+    return filled
+
+
+def _pixel_centres(size_hw: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
+    height, width = size_hw
+    return np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
+
+
+def _boundary(mask: NDArray[Any], distance: int) -> NDArray[Any]:
+    """Return the mask's pixels within `distance` pixels of its outline."""
+    padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    core = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=distance)[1:-1, 1:-1]
+    near: NDArray[Any] = mask & ~core.astype(bool)
+    return near
+
+
+def _check(predicted: NDArray[Any], wanted: NDArray[Any]) -> None:
+    if predicted.shape != wanted.shape or predicted.ndim != 2:
+        raise ConfigError(
+            f"masks must be two [H, W] arrays of one shape, got {predicted.shape} and "
+            f"{wanted.shape}; resize the prediction to the image first"
+        )
