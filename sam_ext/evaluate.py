@@ -25,6 +25,8 @@ from sam_ext.training.data import CocoFolder
 
 __all__ = ["Row", "center_point", "evaluate_prompts", "main", "print_rows", "tight_box"]
 
+_TABLE_WIDTH = 120
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -153,13 +155,15 @@ def _decode(
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print rows as a table."""
+    """Print rows as a table, whole even where the terminal is narrow or there is none."""
     table = Table()
     for column in Row.__dataclass_fields__:
         table.add_column(column)
     for row in rows:
         table.add_row(*("" if v is None else str(v) for v in asdict(row).values()))
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -188,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
         dataset=options.data.name,
         split=options.split,
-        variant=options.model,
+        variant=Path(options.model).stem,
         limit=options.limit,
     )
     print_rows(rows)

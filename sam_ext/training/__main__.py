@@ -1,4 +1,4 @@
-"""`python -m sam_ext.training`: run a recipe, resumably."""
+"""`python -m sam_ext.training`: train the bundled checkpoint, resumably."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sam_ext.checkpoints import save_checkpoint
 from sam_ext.config import MODELS
 from sam_ext.sam import build_sam
 from sam_ext.training.recipes import TINY, open_sources
@@ -56,6 +57,9 @@ def main() -> None:
         num_workers=arguments.workers,
         on_progress=_report,
     )
+    path = arguments.out / f"{TINY.model}.safetensors"
+    save_checkpoint(sam, path)
+    _LOG.info("wrote %s", path)
 
 
 def _stage(text: str) -> Stage:
