@@ -1,0 +1,297 @@
+"""Label Studio's tasks and drawings to predictions: SAM behind label-studio-ml's base class."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeAlias
+
+import numpy as np
+from label_studio_ml.model import LabelStudioMLBase
+
+from ml_backend.convert.prompts import (
+    PromptedObject,
+    find_size_mismatch,
+    objects_from_annotation,
+    objects_from_regions,
+)
+from ml_backend.convert.regions import regions_from_mask
+from ml_backend.engine import Engine
+from ml_backend.errors import BackendError, BadRequestError, ImageAddressError, OverloadedError
+from ml_backend.images import ImageLoader, LoadedImage
+from ml_backend.label_config import LabelConfig, parse_label_config
+from ml_backend.settings import Settings
+from sam_ext.config import MODELS
+from sam_ext.errors import PromptError
+from sam_ext.predictor import Embedding, ObjectPrompt
+
+__all__ = ["SamBackend", "Service", "TrainingUnavailableError"]
+
+Region: TypeAlias = dict[str, Any]
+Task: TypeAlias = Mapping[str, Any]
+Prediction: TypeAlias = "dict[str, Any] | list[Any]"
+_Reader: TypeAlias = Callable[[tuple[int, int]], list[PromptedObject]]
+
+_log = logging.getLogger(__name__)
+
+# Whether a drawing is right, and on which image it is, does not depend on the image's size.
+_ANY_SIZE = (1000, 1000)
+# A mask has the image's size: so many of them are held at a time.
+_OBJECTS_AT_ONCE = 16
+_OWN_PREFIX = "sam-"
+
+
+class TrainingUnavailableError(BackendError):
+    """Training was asked for, which this version does not have."""
+
+    status = 501
+
+    def __init__(self, model_version: str) -> None:
+        super().__init__(
+            "training is not available in this version: nothing was started, and the model "
+            f"{model_version} stays as it is"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What all requests of a process share."""
+
+    settings: Settings
+    engine: Engine
+    images: ImageLoader
+
+    @property
+    def model_version(self) -> str:
+        """What /setup answers and every prediction carries: the model's name and its weights."""
+        model = self.settings.sam_model
+        name = model if model in MODELS else Path(model).stem
+        return f"{_OWN_PREFIX}{name}-{self.engine.predictor.fingerprint[:8]}"
+
+
+class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml has no types
+    """Answers the requests of one project; made for each request from what the request says."""
+
+    def __init__(self, label_config: str, *, service: Service, project: str | None = None) -> None:
+        """Read the labelling config.
+
+        Args:
+            label_config: The project's labelling config, XML.
+            service: The model and what it works with.
+            project: The project as Label Studio names it (`<id>.<created>`), to find its images.
+
+        Raises:
+            LabelConfigError: If the config cannot be read or has no image.
+        """
+        super().__init__()  # without the config, which it would parse again with other rules
+        self.label_config = label_config
+        self.model_version = service.model_version
+        self._config: LabelConfig = parse_label_config(label_config)
+        self._service = service
+        self._project = project
+
+    def predict(
+        self, tasks: Sequence[Task], *, context: Mapping[str, Any] | None = None, **_params: Any
+    ) -> list[Prediction]:
+        """Answer a drawing, or tasks that were opened or selected.
+
+        Args:
+            tasks: One task with a drawing, any number without.
+            context: What was drawn, under `result`; None when nothing was.
+            _params: What else Label Studio sends; not used.
+
+        Returns:
+            One prediction a task. For a task that there is nothing to say about it is
+            `{"result": []}` with a drawing (an empty one), which clears the suggestions, and `[]`
+            without, of which Label Studio stores nothing.
+
+        Raises:
+            BackendError: If a drawing cannot be answered, or if no task of several could be.
+        """
+        if context is None:
+            return self._predict_batch(tasks)
+        regions = context.get("result")
+        if regions in (None, []):
+            return [{"result": []}]
+        if len(tasks) != 1:
+            raise BadRequestError(
+                f"tasks must be the one task that was drawn on, got {len(tasks)}; "
+                "send params.context as null for several"
+            )
+
+        def read(size_hw: tuple[int, int]) -> list[PromptedObject]:
+            if size_hw != _ANY_SIZE and (other := find_size_mismatch(regions, size_hw=size_hw)):
+                _log.info(
+                    "task %s: the page has an image of %s (H, W), the file has %s, which counts",
+                    tasks[0].get("id"),
+                    other,
+                    size_hw,
+                )
+            return objects_from_regions(regions, self._config, size_hw=size_hw)
+
+        with self._service.engine.admitted():
+            return [self._prediction(self._answer(tasks[0], read)) or {"result": []}]
+
+    def fit(self, tasks: Sequence[Task], workdir: str | None = None, **_params: Any) -> None:
+        """Refuse: there is no training in this version.
+
+        Raises:
+            TrainingUnavailableError: Always.
+        """
+        raise TrainingUnavailableError(self.model_version)
+
+    def _predict_batch(self, tasks: Sequence[Task]) -> list[Prediction]:
+        predictions: list[Prediction] = []
+        failures: list[BackendError] = []
+        for task in tasks:
+            try:
+                predictions.append(self._prediction(self._batch_answer(task)) or [])
+            except OverloadedError:
+                raise
+            except BackendError as error:
+                # One bad task among many must not cost the others their predictions.
+                _log.warning("task %s is left out: %s", task.get("id"), error)
+                predictions.append([])
+                failures.append(error)
+        if failures and len(failures) == len(tasks):
+            raise failures[0]
+        return predictions
+
+    def _batch_answer(self, task: Task) -> list[Region]:
+        for where, stored in _stored(task):
+
+            def read(
+                size_hw: tuple[int, int], where: str = where, stored: Mapping[str, Any] = stored
+            ) -> list[PromptedObject]:
+                return objects_from_annotation(stored, self._config, size_hw=size_hw, where=where)
+
+            if read(_ANY_SIZE):
+                with self._service.engine.admitted():
+                    return self._answer(task, read)
+        if self._service.settings.sam_automatic:
+            with self._service.engine.admitted():
+                return self._automatic_answer(task)
+        return []
+
+    def _answer(self, task: Task, read: _Reader) -> list[Region]:
+        """Answer the objects that `read` finds, once it knows each image's size."""
+        regions: list[Region] = []
+        places = dict.fromkeys((one.image_name, one.item_index) for one in read(_ANY_SIZE))
+        for image_name, item_index in places:
+            image = self._load(task, image_name, item_index)
+            objects = [
+                one
+                for one in read(image.size_hw)
+                if (one.image_name, one.item_index) == (image_name, item_index)
+            ]
+            regions += self._regions(objects, self._service.engine.embed(image))
+        return regions
+
+    def _regions(self, objects: Sequence[PromptedObject], embedding: Embedding) -> list[Region]:
+        regions: list[Region] = []
+        for start in range(0, len(objects), _OBJECTS_AT_ONCE):
+            part = objects[start : start + _OBJECTS_AT_ONCE]
+            try:
+                prompts = [
+                    ObjectPrompt(
+                        point_coords=one.point_coords,
+                        point_labels=one.point_labels,
+                        box_xyxy=one.box_xyxy,
+                    )
+                    for one in part
+                ]
+                answers = self._service.engine.masks(embedding, prompts)
+            except PromptError as error:
+                raise BadRequestError(f"the drawing is no prompt: {error}") from error
+            for one, prompt, answer in zip(part, prompts, answers, strict=True):
+                best = answer.best(prompt)
+                regions += self._regions_of(
+                    answer.masks[best],
+                    image_name=one.image_name,
+                    item_index=one.item_index,
+                    labels=one.labels,
+                    score=float(answer.iou_predictions[best]),
+                )
+        return regions
+
+    def _automatic_answer(self, task: Task) -> list[Region]:
+        regions: list[Region] = []
+        for tag in self._config.images:
+            image = self._load(task, tag.name, None)
+            embedding = self._service.engine.embed(image)
+            for found in self._service.engine.automatic_masks(embedding):
+                regions += self._regions_of(
+                    found.mask, image_name=tag.name, score=found.iou_prediction
+                )
+        return regions
+
+    def _regions_of(
+        self,
+        mask: np.ndarray[Any, np.dtype[np.bool_]],
+        *,
+        image_name: str,
+        score: float,
+        labels: Sequence[str] = (),
+        item_index: int | None = None,
+    ) -> list[Region]:
+        settings = self._service.settings
+        return regions_from_mask(
+            mask,
+            config=self._config,
+            image_name=image_name,
+            score=min(max(score, 0.0), 1.0),  # the head that predicts it is not bounded
+            labels=labels,
+            wanted=settings.sam_output,
+            tolerance_px=settings.sam_polygon_tolerance_px,
+            item_index=item_index,
+        )
+
+    def _prediction(self, regions: list[Region]) -> dict[str, Any] | None:
+        if not regions:
+            return None
+        return {
+            "result": regions,
+            "score": fmean(region["score"] for region in regions),
+            "model_version": self.model_version,
+        }
+
+    def _load(self, task: Task, image_name: str, item_index: int | None) -> LoadedImage:
+        tag = self._config.find_image(image_name)
+        assert tag is not None  # the config's own names only
+        data = task.get("data")
+        if tag.is_list and isinstance(data, Mapping):
+            addresses = data.get(tag.value_key)
+            index = item_index or 0
+            if not isinstance(addresses, list) or not 0 <= index < len(addresses):
+                raise ImageAddressError(
+                    f"address: data.{tag.value_key} of task {task.get('id')} must be a list with "
+                    f"an entry {index}, got {type(addresses).__name__}"
+                )
+            data = {**data, tag.value_key: addresses[index]}
+        # A task names its project by number; what /setup announced is kept under the full name.
+        return self._service.images.load(
+            {**task, "data": data, "project": self._project}, tag.value_key
+        )
+
+
+def _stored(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What a task already has that may hold prompts: annotations, newest first, then predictions.
+
+    The predictions of this backend are left out: its own rectangles are answers, not prompts.
+    """
+    for name in ("annotations", "predictions"):
+        entries = task.get(name) or []
+        if not isinstance(entries, list):
+            raise BadRequestError(
+                f"{name} of task {task.get('id')} must be a list, got {type(entries).__name__}"
+            )
+        for index, entry in reversed(list(enumerate(entries))):
+            where = f"{name}[{index}] of task {task.get('id')}"
+            if not isinstance(entry, Mapping):
+                raise BadRequestError(f"{where} must be an object, got {type(entry).__name__}")
+            is_own = str(entry.get("model_version")).startswith(_OWN_PREFIX)
+            if not is_own and not entry.get("was_cancelled"):
+                yield where, entry

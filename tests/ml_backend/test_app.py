@@ -1,0 +1,836 @@
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import re
+import stat
+
+import label_studio_ml.api
+import numpy as np
+import pytest
+from PIL import Image
+
+from ml_backend.app import create_app
+from ml_backend.errors import SettingsError
+from ml_backend.settings import Settings
+from sam_ext.predictor import ObjectPrompt, Predictor
+from tests.conftest import build_small_sam
+from tests.ml_backend.backend import (
+    encoded,
+    make_sure_of_itself,
+    mask_of,
+    payload,
+    random_image,
+    serve_images,
+    setup_body,
+)
+from tests.ml_backend.servers import LEGACY_TOKEN, Answer, FakeLabelStudio, Server
+
+SIZE_HW = (480, 640)
+NO_POINTS = {"point_coords": np.empty((0, 2)), "point_labels": np.empty(0, np.int64)}
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return Predictor(build_small_sam())
+
+
+@pytest.fixture
+def label_studio():
+    with FakeLabelStudio() as server:
+        yield server
+
+
+@pytest.fixture
+def make_client(tmp_path, predictor, label_studio):
+    """A client of the app; with no settings, nobody has told it where Label Studio is."""
+    apps = []
+
+    def make(predictor=predictor, **settings):
+        apps.append(create_app(Settings(data_dir=tmp_path, **settings), predictor))
+        return apps[-1].test_client()
+
+    yield make
+    for app in apps:
+        app.extensions["ml_backend"].service.engine.close()
+
+
+@pytest.fixture
+def client(make_client, label_studio):
+    label_studio.legacy_tokens_enabled = True
+    return make_client(label_studio_url=label_studio.url, label_studio_api_key=LEGACY_TOKEN)
+
+
+def predicted(client, request: dict) -> list:
+    response = client.post("/predict", json=request)
+    assert response.status_code == 200, response.json
+    assert response.json.keys() == {"results", "model_version"}
+    return response.json["results"]
+
+
+def prompts_of(request: dict) -> list[ObjectPrompt]:
+    """The prompts of a recorded request on its image as the annotator sees it, by hand."""
+    height, width = 480, 640
+    regions = request["params"]["context"]["result"]
+    if regions[0]["original_height"] == 640:
+        height, width = width, height
+    scale = np.array([width, height]) / 100
+    if regions[0]["type"] == "rectanglelabels":
+        return [
+            ObjectPrompt(
+                **NO_POINTS,
+                box_xyxy=np.concatenate(
+                    [
+                        np.array([v["x"], v["y"]]) * scale,
+                        np.array([v["x"] + v["width"], v["y"] + v["height"]]) * scale,
+                    ]
+                ),
+            )
+            for v in (region["value"] for region in regions)
+        ]
+    return [
+        ObjectPrompt(
+            point_coords=np.array([[r["value"]["x"], r["value"]["y"]] for r in regions]) * scale,
+            point_labels=np.array([int(r.get("is_positive", True)) for r in regions]),
+        )
+    ]
+
+
+def shown(path: str) -> np.ndarray:
+    """The pixels of the image that `serve_images` serves, as the annotator sees them."""
+    image = random_image(0, size_hw=SIZE_HW)
+    if path.endswith(".jpg"):
+        image = Image.open(io.BytesIO(encoded(image, "JPEG")))
+    if "exif6" in path:
+        image = image.transpose(Image.Transpose.ROTATE_270)
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize(
+    ("number", "label"),
+    [
+        pytest.param("10", "Cat", id="keypoint"),
+        pytest.param("11", "Cat", id="positive-and-negative"),
+        pytest.param("12", "Dog", id="rectangle"),
+        pytest.param("13", "Cat", id="three-rectangles"),
+        pytest.param("15", "Cat", id="no-is_positive-after-a-reload"),
+        pytest.param("16", "Cat", id="exif-rotated"),
+    ],
+)
+def test_a_recorded_drawing_is_answered_with_the_masks_of_its_prompts(
+    client, predictor, label_studio, number, label
+):
+    request = payload(number)
+    serve_images(label_studio, request)
+    (prediction,) = predicted(client, request)
+
+    prompts = prompts_of(request)
+    embedding = predictor.embed(shown(request["tasks"][0]["data"]["image"]))
+    answers = predictor.decode(embedding, prompts)
+    best = [answer.best(prompt) for answer, prompt in zip(answers, prompts, strict=True)]
+    height, width = embedding.original_size
+
+    assert len(prediction["result"]) == len(prompts)
+    for region, answer, index in zip(prediction["result"], answers, best, strict=True):
+        np.testing.assert_array_equal(mask_of(region), answer.masks[index])
+        assert {k: v for k, v in region.items() if k not in ("id", "value")} == {
+            "from_name": mask_tag(request),
+            "to_name": "image",
+            "type": "brushlabels",
+            "origin": "prediction",
+            "original_width": width,
+            "original_height": height,
+            "image_rotation": 0,
+            "score": pytest.approx(np.clip(answer.iou_predictions[index], 0, 1)),
+        }
+        assert region["value"]["brushlabels"] == [label]
+    assert len({region["id"] for region in prediction["result"]}) == len(prompts)
+    assert prediction["score"] == pytest.approx(
+        np.mean([region["score"] for region in prediction["result"]])
+    )
+
+
+def mask_tag(request: dict) -> str:
+    return "mask" if 'name="mask"' in request["label_config"] else "brush"
+
+
+def test_a_polygon_project_is_answered_with_polygons(client, label_studio):
+    request = payload("17")
+    serve_images(label_studio, request)
+    (prediction,) = predicted(client, request)
+    assert {region["type"] for region in prediction["result"]} == {"polygonlabels"}
+    assert {region["from_name"] for region in prediction["result"]} == {"mask"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "types"),
+    [
+        pytest.param({}, {"brushlabels"}, id="all-but-the-smart-rectangle"),
+        pytest.param(
+            {"sam_output": ("rectangle", "brush")},
+            {"brushlabels", "rectanglelabels"},
+            id="as-sam-output-says",
+        ),
+    ],
+)
+def test_the_outputs_are_those_of_the_config_or_of_the_setting(
+    make_client, label_studio, settings, types
+):
+    request = payload("10")
+    serve_images(label_studio, request)
+    client = make_client(
+        label_studio_url=label_studio.url, label_studio_api_key=LEGACY_TOKEN, **settings
+    )
+    (prediction,) = predicted(client, request)
+    assert {region["type"] for region in prediction["result"]} == types
+
+
+def test_the_context_that_is_empty_after_submit_clears_the_suggestions(client, label_studio):
+    assert predicted(client, payload("14")) == [{"result": []}]
+    assert label_studio.requests == []
+
+
+def test_negative_keypoints_alone_ask_for_nothing(client, label_studio):
+    request = payload("10")
+    request["params"]["context"]["result"][0]["is_positive"] = False
+    assert predicted(client, request) == [{"result": []}]
+    assert label_studio.requests == []
+
+
+def test_opening_tasks_without_prompts_stores_nothing_and_loads_no_image(client, label_studio):
+    assert predicted(client, payload("20")) == [[], []]
+    assert predicted(client, payload("21")) == [[]] * len(payload("21")["tasks"])
+    assert label_studio.requests == []
+
+
+def boxed(number: str = "12") -> list[dict]:
+    """The regions of an annotation with one rectangle, as Label Studio stores it."""
+    return payload(number)["params"]["context"]["result"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "counts"),
+    [
+        pytest.param({"annotations": [{"id": 1, "result": boxed()}]}, [1, 0], id="annotation"),
+        pytest.param(
+            {"annotations": [{"id": 1, "result": boxed("13")}, {"id": 2, "result": boxed()}]},
+            [1, 0],
+            id="the-newest-annotation-counts",
+        ),
+        pytest.param(
+            {"predictions": [{"id": 1, "model_version": "yolo-7", "result": boxed("13")}]},
+            [3, 0],
+            id="another-models-prediction",
+        ),
+        pytest.param(
+            {"predictions": [{"id": 1, "model_version": "sam-tiny-00000000", "result": boxed()}]},
+            [0, 0],
+            id="its-own-rectangles-are-no-prompts",
+        ),
+        pytest.param(
+            {"annotations": [{"id": 1, "was_cancelled": True, "result": boxed()}]},
+            [0, 0],
+            id="skipped",
+        ),
+    ],
+)
+def test_what_a_task_already_has_becomes_masks_in_a_batch(client, label_studio, fields, counts):
+    request = payload("20")
+    request["label_config"] = payload("13")["label_config"]
+    serve_images(label_studio, request)
+    request["tasks"][0] |= fields
+    results = predicted(client, request)
+    assert [len(one["result"]) if one else 0 for one in results] == counts
+    assert [one == [] for one in results] == [not count for count in counts]
+
+
+def test_one_bad_task_does_not_cost_the_others_their_predictions(client, label_studio, caplog):
+    request = payload("20")
+    request["label_config"] = payload("13")["label_config"]
+    serve_images(label_studio, request)
+    for task in request["tasks"]:
+        task["annotations"] = [{"id": 1, "result": boxed()}]
+    del label_studio.routes[request["tasks"][0]["data"]["image"]]
+
+    first, second = predicted(client, request)
+
+    assert first == []
+    assert len(second["result"]) == 1
+    (record,) = [r for r in caplog.records if "task 1 is left out" in r.message]
+    assert record.message.startswith("task 1 is left out: fetch:")
+
+
+def test_a_batch_of_which_nothing_can_be_answered_says_why(client, label_studio):
+    request = payload("20")
+    request["label_config"] = payload("13")["label_config"]
+    for task in request["tasks"]:
+        task["annotations"] = [{"id": 1, "result": boxed()}]
+    response = client.post("/predict", json=request)
+    assert response.status_code == 502
+    assert response.json["error"].startswith("fetch:")
+
+
+def test_automatic_masks_answer_a_batch_without_prompts_when_they_are_on(make_client, label_studio):
+    request = payload("20")
+    serve_images(label_studio, request)
+    client = make_client(
+        Predictor(make_sure_of_itself(build_small_sam())),
+        sam_automatic=True,
+        label_studio_url=label_studio.url,
+        label_studio_api_key=LEGACY_TOKEN,
+    )
+    results = predicted(client, request)
+    assert len(results) == 2
+    for prediction in results:
+        assert {region["type"] for region in prediction["result"]} == {"brushlabels"}
+        assert all("brushlabels" not in region["value"] for region in prediction["result"])
+
+
+def test_every_image_of_a_config_is_answered_in_its_own_size(client, label_studio):
+    request = payload("12")
+    request["label_config"] = """
+        <View><Image name="left" value="$a"/><Image name="right" value="$b"/>
+        <BrushLabels name="mask" toName="left,right"><Label value="Dog"/></BrushLabels>
+        <RectangleLabels name="box" toName="left,right" smart="true"><Label value="Dog"/>
+        </RectangleLabels></View>"""
+    request["tasks"][0]["data"] = {"a": "/data/a.png", "b": "/data/b.png"}
+    (region,) = request["params"]["context"]["result"]
+    request["params"]["context"]["result"] = [
+        region | {"id": "1", "to_name": "right"},
+        region | {"id": "2", "to_name": "left"},
+    ]
+    label_studio.routes["/data/a.png"] = Answer(encoded(random_image(1, size_hw=(40, 60))))
+    label_studio.routes["/data/b.png"] = Answer(encoded(random_image(2, size_hw=(90, 50))))
+
+    (prediction,) = predicted(client, request)
+
+    sizes = {
+        region["to_name"]: (region["original_height"], region["original_width"])
+        for region in prediction["result"]
+    }
+    assert sizes == {"left": (40, 60), "right": (90, 50)}
+
+
+def test_the_image_of_a_list_is_the_one_that_was_drawn_on(client, label_studio):
+    request = payload("12")
+    request["label_config"] = request["label_config"].replace('value="$image"', 'valueList="$all"')
+    request["tasks"][0]["data"] = {"all": ["/data/a.png", "/data/b.png"]}
+    request["params"]["context"]["result"][0]["item_index"] = 1
+    label_studio.routes["/data/b.png"] = Answer(encoded(random_image(2, size_hw=(90, 50))))
+
+    (prediction,) = predicted(client, request)
+    (region,) = prediction["result"]
+    assert (region["item_index"], region["original_height"]) == (1, 90)
+
+    request["params"]["context"]["result"][0]["item_index"] = 2
+    response = client.post("/predict", json=request)
+    assert (response.status_code, response.json["error"]) == (
+        400,
+        "address: data.all of task 11 must be a list with an entry 2, got list",
+    )
+
+
+def test_the_file_counts_where_the_page_has_another_size(client, label_studio, caplog):
+    caplog.set_level(logging.INFO)
+    request = payload("12")
+    request["params"]["context"]["result"][0] |= {"original_width": 320, "original_height": 200}
+    serve_images(label_studio, request)
+    (prediction,) = predicted(client, request)
+    assert prediction["result"][0]["original_width"] == 640
+    (record,) = [r for r in caplog.records if "the page has an image" in r.message]
+    assert record.message == (
+        "task 11: the page has an image of (200, 320) (H, W), the file has (480, 640), which counts"
+    )
+
+
+def changed(number: str, *path_and_value) -> dict:
+    """A recorded request with one field changed, or taken out by giving no value."""
+    *path, last, value = path_and_value
+    body = payload(number)
+    inner = body
+    for step in path:
+        inner = inner[step]
+    if value is KeyError:
+        del inner[last]
+    else:
+        inner[last] = value
+    return body
+
+
+REGION = ("params", "context", "result", 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        pytest.param(b"", "the body of /predict must be JSON, got something else", id="empty"),
+        pytest.param(
+            b'{"tasks": [', "the body of /predict must be JSON, got something else", id="cut-off"
+        ),
+        pytest.param(
+            b"[" * 100_000, "the body of /predict must be JSON, got something else", id="too-deep"
+        ),
+        pytest.param(
+            b'"\xff"', "the body of /predict must be JSON, got something else", id="not-utf-8"
+        ),
+        pytest.param(b"[1]", "the body of /predict must be a JSON object, got a list", id="list"),
+        pytest.param({}, "tasks must be a list, got null", id="nothing"),
+        pytest.param(
+            changed("10", "tasks", {"id": 1}), "tasks must be a list, got an object", id="tasks"
+        ),
+        pytest.param(
+            changed("10", "tasks", [7]), "tasks[0] must be an object, got a number", id="task"
+        ),
+        pytest.param(
+            changed("10", "tasks", []),
+            "tasks must be the one task that was drawn on, got 0; send params.context as null for "
+            "several",
+            id="no-task",
+        ),
+        pytest.param(
+            changed("10", "label_config", KeyError),
+            "label_config must be a string, got null",
+            id="label_config-missing",
+        ),
+        pytest.param(
+            changed("10", "project", 5), "project must be a string, got a number", id="project"
+        ),
+        pytest.param(
+            changed("10", "project", "../../etc/passwd"),
+            "project must be a project's name such as 1.1795194739, got '../../etc/passwd'",
+            id="project-that-leads-elsewhere",
+        ),
+        pytest.param(
+            changed("10", "params", "x"), "params must be an object, got a string", id="params"
+        ),
+        pytest.param(
+            changed("10", "params", "context", [1]),
+            "params.context must be an object or null, got a list",
+            id="context",
+        ),
+        pytest.param(
+            changed("10", "params", "context", "result", {"a": 1}),
+            "context.result must be a list of regions, got ",
+            id="result",
+        ),
+        pytest.param(
+            changed("10", *REGION, "from_name", "nobody"), "context.result[0].from_name", id="tag"
+        ),
+        pytest.param(
+            changed("10", *REGION, "value", "keypointlabels", ["Horse"]),
+            "context.result[0].value.keypointlabels",
+            id="label",
+        ),
+        pytest.param(
+            changed("10", *REGION, "value", "x", "7"), "context.result[0].value.x", id="x"
+        ),
+        pytest.param(
+            changed("10", *REGION, "value", "y", float("nan")),
+            "context.result[0].value.y",
+            id="nan",
+        ),
+        pytest.param(
+            changed("10", "tasks", 0, "data", {}),
+            "address: data.image of task 11 must be one address, got nothing",
+            id="no-image-in-the-task",
+        ),
+        pytest.param(
+            changed("10", "tasks", 0, "data", 3),
+            "address: data.image of task 11 must be one address, got nothing",
+            id="no-data-in-the-task",
+        ),
+        pytest.param(
+            changed("20", "tasks", 0, "annotations", 3) | {"tasks": [{"annotations": 3}]},
+            "annotations of task None must be a list, got int",
+            id="annotations",
+        ),
+        pytest.param(
+            changed("20", "tasks", [{"id": 1, "annotations": [3]}]),
+            "annotations[0] of task 1 must be an object, got int",
+            id="annotation",
+        ),
+    ],
+)
+def test_a_wrong_predict_body_is_named_in_one_sentence(client, body, sentence):
+    data = body if isinstance(body, bytes) else json.dumps(body)
+    response = client.post("/predict", data=data, content_type="application/json")
+    assert response.status_code == 400
+    assert response.json.keys() == {"error", "id"}
+    assert response.json["error"].startswith(sentence)
+
+
+def test_a_parameter_may_have_any_name(client):
+    request = payload("14")
+    request["params"] |= {"tasks": 1, "self": 2, "project": 3, "label_config": 4}
+    assert predicted(client, request) == [{"result": []}]
+
+
+@pytest.mark.parametrize(
+    ("label_config", "sentence"),
+    [
+        pytest.param("<View>", "the labelling config must be XML", id="not-xml"),
+        pytest.param("<View/>", "the labelling config must have an <Image> tag", id="no-image"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_by_setup_where_label_studio_shows_it(
+    client, label_config, sentence
+):
+    body = setup_body(payload("10"), "http://ls") | {"schema": label_config}
+    response = client.post("/setup", json=body)
+    assert response.status_code == 400
+    assert response.json["error"].startswith(sentence)
+    # Label Studio shows "400 Client Error: <reason> for url: …", and nothing of the body.
+    assert response.status.startswith(f"400 {sentence}")
+
+
+@pytest.mark.parametrize(
+    "extra_params",
+    [
+        pytest.param({"model_size": "vit_b"}, id="object-from-the-api"),
+        pytest.param('{"vit": "b"}', id="text-from-the-page"),
+        pytest.param("", id="empty-from-an-untouched-page"),
+        pytest.param(None, id="null"),
+    ],
+)
+def test_setup_answers_the_version_that_predictions_carry(client, label_studio, extra_params):
+    request = payload("12")
+    serve_images(label_studio, request)
+    body = setup_body(request, label_studio.url, extra_params=extra_params)
+    response = client.post("/setup", json=body)
+    assert response.status_code == 200
+    version = response.json["model_version"]
+    assert response.json == {"model_version": version}
+
+    answer = client.post("/predict", json=request).json
+    assert answer["model_version"] == answer["results"][0]["model_version"] == version
+
+
+@pytest.mark.parametrize("number", ["02", "02b"])
+def test_a_recorded_setup_is_accepted(client, number):
+    assert client.post("/setup", json=payload(number)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        pytest.param(
+            {"extra_params": "{"},
+            "extra_params must be a JSON object or empty, got '{'; change it on the project's "
+            "Model page",
+            id="extra_params-no-json",
+        ),
+        pytest.param(
+            {"extra_params": [1]},
+            "extra_params must be a JSON object or empty, got '[1]'; change it on the project's "
+            "Model page",
+            id="extra_params-no-object",
+        ),
+        pytest.param(
+            {"project": None},
+            "project must be a project's name such as 1.1795194739, got null",
+            id="no-project",
+        ),
+        pytest.param({"schema": 1}, "schema must be a string, got a number", id="schema"),
+        pytest.param({"hostname": 1}, "hostname must be a string, got a number", id="hostname"),
+        pytest.param(
+            {"hostname": "file:///etc"},
+            "hostname must be an http or https address or empty, got 'file:///etc'; "
+            "set LABEL_STUDIO_HOST",
+            id="hostname-no-address",
+        ),
+        pytest.param(
+            {"access_token": {}}, "access_token must be a string, got an object", id="token"
+        ),
+    ],
+)
+def test_a_wrong_setup_body_is_named_in_one_sentence(client, fields, sentence):
+    response = client.post("/setup", json=setup_body(payload("10"), "http://ls") | fields)
+    assert (response.status_code, response.json["error"]) == (400, sentence)
+
+
+def test_what_setup_announced_serves_a_later_process_and_only_its_own_project(
+    make_client, label_studio
+):
+    request, other = payload("12"), payload("17")
+    serve_images(label_studio, request)
+    with FakeLabelStudio() as another:
+        serve_images(another, other)
+        first = make_client()
+        first.post("/setup", json=setup_body(request, label_studio.url))
+        first.post("/setup", json=setup_body(other, another.url))
+
+        restarted = make_client()
+        (brush,) = predicted(restarted, request)
+        (polygon,) = predicted(restarted, other)
+
+        assert brush["result"][0]["type"] == "brushlabels"
+        assert polygon["result"][0]["type"] == "polygonlabels"
+        (asked,) = label_studio.requests
+        (asked_another,) = another.requests
+    assert asked.path == request["tasks"][0]["data"]["image"]
+    assert asked_another.path == other["tasks"][0]["data"]["image"]
+
+
+def test_the_newest_announcement_counts(make_client, label_studio):
+    request = payload("12")
+    serve_images(label_studio, request)
+    client = make_client()
+    for hostname in ("http://127.0.0.1:9", label_studio.url):
+        client.post("/setup", json=setup_body(request, hostname))
+    assert len(predicted(client, request)[0]["result"]) == 1
+
+
+def test_an_image_on_a_label_studio_that_nobody_named_is_refused(make_client):
+    response = make_client().post("/predict", json=payload("12"))
+    assert response.status_code == 400
+    assert "set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY" in response.json["error"]
+
+
+def test_the_environment_comes_before_what_setup_announced(make_client, label_studio):
+    request = payload("12")
+    serve_images(label_studio, request)
+    label_studio.legacy_tokens_enabled = False
+    with Server() as elsewhere:
+        client = make_client(
+            label_studio_url=label_studio.url,
+            label_studio_api_key=label_studio.personal_access_token,
+        )
+        client.post("/setup", json=setup_body(request, elsewhere.url))
+        assert len(predicted(client, request)[0]["result"]) == 1
+        assert elsewhere.requests == []
+
+
+def test_announced_tokens_are_kept_for_this_user_only(make_client, tmp_path):
+    make_client().post("/setup", json=setup_body(payload("10"), "http://ls"))
+    (path,) = (tmp_path / "connections").iterdir()
+    assert path.name == "5.1795196074.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("number", ["30", "31", "32", "34", "35", "36"])
+def test_a_recorded_webhook_is_accepted_and_nothing_of_it_is_logged(client, caplog, number):
+    caplog.set_level(logging.DEBUG)
+    body = payload(number)
+    body["project"]["token"] = "s3cret-t0ken"
+    assert client.post("/webhook", json=body).status_code == 201
+    assert body["action"] in caplog.text
+    assert "s3cret-t0ken" not in caplog.text
+    assert "label_config" not in caplog.text
+
+
+def test_a_webhook_of_an_unknown_kind_is_accepted(client):
+    assert client.post("/webhook", json={"action": "SOMETHING_NEW"}).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "body", [pytest.param({}, id="missing"), pytest.param({"action": 3}, id="no-text")]
+)
+def test_a_webhook_without_an_action_is_refused(client, body):
+    response = client.post("/webhook", json=body)
+    assert response.status_code == 400
+    assert response.json["error"].startswith("action must be a string, got ")
+
+
+def test_start_training_is_refused_so_that_label_studio_does_not_say_training(client):
+    response = client.post("/webhook", json=payload("33"))
+    version = client.get("/health").json["model_version"]
+    assert response.status_code == 501
+    assert response.json == {
+        "error": "training is not available in this version: nothing was started, and the model "
+        f"{version} stays as it is",
+        "id": response.json["id"],
+        "job": None,
+    }
+    assert response.status == f"501 {response.json['error']}"
+    assert client.post("/train", json={"annotations": []}).status_code == 501
+
+
+def test_the_setups_token_is_not_logged_on_any_level(client, caplog):
+    caplog.set_level(logging.DEBUG)
+    client.post("/setup", json=setup_body(payload("10"), "http://ls"))
+    assert LEGACY_TOKEN not in caplog.text
+
+
+def test_health_says_what_runs(client, predictor):
+    expected = {
+        "status": "UP",
+        "model": "tiny",
+        "model_version": f"sam-tiny-{predictor.fingerprint[:8]}",
+        "device": "cpu",
+    }
+    assert client.get("/health").json == client.get("/").json == expected
+
+
+def test_versions_are_answered_to_get_and_post(client):
+    version = client.get("/health").json["model_version"]
+    assert client.get("/versions").json == {"versions": [version]}
+    assert client.post("/versions", json={"project": "1.2"}).json == {"versions": [version]}
+    assert client.get("/is_training?project=1.2").json == {
+        "is_training": False,
+        "backend": "none",
+        "model_version": version,
+    }
+
+
+def test_a_checkpoint_given_by_its_path_is_named_by_its_file(make_client):
+    health = make_client(sam_model="/models/cells 2.safetensors").get("/health").json
+    assert health["model_version"].startswith("sam-cells 2-")
+
+
+def test_all_routes_of_label_studio_ml_are_served(client):
+    def routes(app) -> set[tuple[str, str]]:
+        rules = [rule for rule in app.url_map.iter_rules() if rule.endpoint != "static"]
+        return {(rule.rule, method) for rule in rules for method in rule.methods}
+
+    missing = routes(label_studio_ml.api._server) - routes(client.application)
+    assert not missing
+
+
+def test_metrics_count_the_answers(client):
+    client.get("/health")
+    client.post("/predict", json={})
+    text = client.get("/metrics").text
+    assert 'path="/health",status="200"' in text
+    assert 'path="/predict",status="400"' in text
+    assert "sam_embedding_cache_bytes" in text
+
+
+class BrokenPredictor(Predictor):
+    def embed(self, image):
+        raise RuntimeError("CUDA error: s3cret detail")
+
+
+def test_an_unexpected_failure_is_an_id_for_the_caller_and_a_traceback_in_the_log(
+    make_client, label_studio, caplog, capfd
+):
+    request = payload("12")
+    serve_images(label_studio, request)
+    client = make_client(
+        BrokenPredictor(build_small_sam()),
+        label_studio_url=label_studio.url,
+        label_studio_api_key=LEGACY_TOKEN,
+    )
+    response = client.post("/predict", json=request)
+    assert response.status_code == 500
+    assert response.json == {
+        "error": "the backend failed in a way it does not know; look for the id in its log",
+        "id": response.json["id"],
+    }
+    (record,) = [r for r in caplog.records if r.exc_info]
+    assert response.json["id"] in record.message
+    assert "s3cret detail" in caplog.text
+    assert "Traceback" not in capfd.readouterr().out
+
+
+def test_every_request_stands_in_the_log_with_its_time(client, caplog):
+    caplog.set_level(logging.INFO)
+    client.post("/predict", json=payload("14"))
+    client.get("/health")
+    (record,) = [r for r in caplog.records if r.name == "ml_backend.app"]
+    assert re.fullmatch(r"POST /predict: 200 in \d+\.\d{3} s \[[0-9a-f]{12}\]", record.message)
+
+
+def test_a_failure_that_has_a_name_stands_in_the_log_with_its_id(client, caplog):
+    response = client.post("/predict", json={})
+    assert f"{response.json['error']} [{response.json['id']}]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        pytest.param("GET", "/nothing", 404, id="unknown-route"),
+        pytest.param("GET", "/predict", 405, id="wrong-method"),
+    ],
+)
+def test_flasks_own_errors_are_json_too(client, method, path, status):
+    response = client.open(path, method=method)
+    assert response.status_code == status
+    assert response.json.keys() == {"error", "id"}
+
+
+def test_a_body_that_is_too_large_is_refused(client):
+    client.application.config["MAX_CONTENT_LENGTH"] = 100
+    assert client.post("/predict", json=payload("10")).status_code == 413
+
+
+def test_a_full_queue_is_answered_503_with_retry_after(client, label_studio):
+    request = payload("12")
+    serve_images(label_studio, request)
+    engine = client.application.extensions["ml_backend"].service.engine
+    engine._max_waiting = 0
+    response = client.post("/predict", json=request)
+    assert response.status_code == 503
+    assert response.headers["Retry-After"] == "5"
+    assert predicted(client, payload("20")) == [[], []]  # opening a task needs no place
+
+
+OPEN = {"/health", "/webhook"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/"),
+        ("GET", "/health"),
+        ("POST", "/setup"),
+        ("POST", "/predict"),
+        ("POST", "/webhook"),
+        ("POST", "/train"),
+        ("GET", "/versions"),
+        ("POST", "/versions"),
+        ("GET", "/is_training"),
+        ("GET", "/metrics"),
+        ("GET", "/nothing"),
+    ],
+)
+@pytest.mark.parametrize(
+    "auth",
+    [
+        pytest.param(None, id="none"),
+        pytest.param(("user", "wrong"), id="wrong-password"),
+        pytest.param(("wrong", "pässword"), id="wrong-user"),
+    ],
+)
+def test_with_basic_auth_on_only_health_and_webhook_are_open(make_client, method, path, auth):
+    client = make_client(basic_auth_user="user", basic_auth_pass="pässword")
+    response = client.open(path, method=method, auth=auth, json={})
+    assert (response.status_code == 401) == (path not in OPEN)
+    if response.status_code == 401:
+        assert response.headers["WWW-Authenticate"].startswith("Basic ")
+        assert response.json["error"].startswith("basic auth must be BASIC_AUTH_USER")
+
+
+def test_the_right_credentials_open_everything(make_client):
+    client = make_client(basic_auth_user="user", basic_auth_pass="pässword")
+    body = setup_body(payload("10"), "http://ls")
+    assert client.post("/setup", json=body, auth=("user", "pässword")).status_code == 200
+
+
+def test_a_token_instead_of_a_password_is_refused(make_client):
+    client = make_client(basic_auth_user="user", basic_auth_pass="pass")
+    response = client.get("/versions", headers={"Authorization": "Bearer user:pass"})
+    assert response.status_code == 401
+
+
+def test_two_apps_in_one_process_keep_to_themselves(make_client, label_studio):
+    small = make_client()
+    other = make_client(Predictor(build_small_sam(1)))
+    body = setup_body(payload("10"), label_studio.url)
+    versions = {app.post("/setup", json=body).json["model_version"] for app in (small, other)}
+    assert len(versions) == 2
+
+
+def test_a_data_folder_that_cannot_be_written_is_a_start_up_error(tmp_path, predictor):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="DATA_DIR must be a folder"):
+        create_app(Settings(data_dir=tmp_path / "file"), predictor)
+
+
+def test_a_request_is_not_changed_by_being_answered(client, label_studio):
+    request = payload("12")
+    serve_images(label_studio, request)
+    before = copy.deepcopy(request)
+    predicted(client, request)
+    assert request == before

@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import pytest
+
+from ml_backend.errors import SettingsError
+from ml_backend.settings import Settings, load_settings
+
+
+def test_reads_only_the_given_variables(monkeypatch):
+    monkeypatch.setenv("PORT", "1234")
+    monkeypatch.setenv("SAM_MODEL", "vit_h")
+    assert load_settings({"PORT": "8001"}) == Settings(port=8001)
+
+
+def test_reads_the_process_environment_when_nothing_is_given(monkeypatch):
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("PORT", "1234")
+    assert load_settings() == Settings(port=1234)
+
+
+def test_built_by_hand_they_do_not_look_at_the_environment(monkeypatch):
+    monkeypatch.setenv("PORT", "1234")
+    assert Settings().port == 9090
+
+
+def test_every_kind_of_value_is_read():
+    settings = load_settings(
+        {
+            "DATA_DIR": "/var/sam",
+            "SAM_OUTPUT": " brush, polygon",
+            "SAM_OFFLINE": "true",
+            "SAM_POLYGON_TOLERANCE_PX": "2.5",
+            "LABEL_STUDIO_URL": "https://ls.example",
+            "LABEL_STUDIO_API_KEY": "key",
+            "BASIC_AUTH_USER": "user",
+            "BASIC_AUTH_PASS": "pass",
+            "IMAGE_PRIVATE_HOSTS": "images:8000,10.0.0.7",
+            "THREADS": "8",
+            "LOG_LEVEL": "DEBUG",
+            "PATH": "/usr/bin",
+        }
+    )
+    assert settings == Settings(
+        data_dir=Path("/var/sam"),
+        sam_output=("brush", "polygon"),
+        sam_offline=True,
+        sam_polygon_tolerance_px=2.5,
+        label_studio_url="https://ls.example",
+        label_studio_api_key="key",
+        basic_auth_user="user",
+        basic_auth_pass="pass",
+        image_private_hosts=("images:8000", "10.0.0.7"),
+        threads=8,
+        log_level="debug",
+    )
+    assert settings.max_waiting == 4
+    folders = (settings.weights_dir, settings.images_dir, settings.connections_dir)
+    assert folders == (
+        Path("/var/sam/weights"),
+        Path("/var/sam/images"),
+        Path("/var/sam/connections"),
+    )
+
+
+def test_an_empty_variable_counts_as_not_set():
+    # As docker-compose passes on what the .env file leaves out.
+    assert load_settings(dict.fromkeys(map(str.upper, Settings.model_fields), "")) == Settings()
+
+
+def test_secrets_are_not_shown():
+    settings = load_settings(
+        {
+            "LABEL_STUDIO_URL": "http://ls",
+            "LABEL_STUDIO_API_KEY": "s3cret",
+            "BASIC_AUTH_USER": "user",
+            "BASIC_AUTH_PASS": "s3cret",
+        }
+    )
+    assert "s3cret" not in f"{settings} {settings!r}"
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        pytest.param(
+            {"SAM_OUTPUT": "brush,blob"},
+            "SAM_OUTPUT must be 'brush', 'polygon' or 'rectangle', got 'blob'",
+            id="one-of-a-list",
+        ),
+        pytest.param(
+            {"PORT": "70000"},
+            "PORT must be less than or equal to 65535, got '70000'",
+            id="out-of-range",
+        ),
+        pytest.param(
+            {"THREADS": "2"},
+            "THREADS must be greater than or equal to 8, got '2'",
+            id="too-few-threads-to-keep-some-free",
+        ),
+        pytest.param(
+            {"WORKERS": "many", "LOG_LEVEL": "loud"},
+            "WORKERS must be a valid integer, unable to parse string as an integer, got 'many'; "
+            "LOG_LEVEL must be 'debug', 'info', 'warning' or 'error', got 'loud'",
+            id="two-at-once",
+        ),
+        pytest.param(
+            {"LABEL_STUDIO_URL": "label-studio:8080"},
+            "LABEL_STUDIO_URL must be an address such as http://label-studio:8080, "
+            "got 'label-studio:8080'",
+            id="address-without-scheme",
+        ),
+        pytest.param(
+            {"LABEL_STUDIO_API_KEY": "s3cret"},
+            "LABEL_STUDIO_URL must be set where LABEL_STUDIO_API_KEY is, got nothing; set it to "
+            "Label Studio's address as this process reaches it",
+            id="a-token-that-would-go-to-any-host",
+        ),
+        pytest.param(
+            {"BASIC_AUTH_USER": "user"},
+            "BASIC_AUTH_USER and BASIC_AUTH_PASS must be set together, got one of them",
+            id="half-of-basic-auth",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named(environ, message):
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environ)
+    assert str(caught.value) == message
