@@ -33,9 +33,10 @@ __all__ = [
 
 _MASK_STRIDE = 4
 _PAD_COLOUR = (124, 116, 104)  # SAM's pixel mean: zero after normalisation, as SAM pads
-_MIN_AREA_PX = 48
+_MIN_AREA_PX = 20
 _MAX_SHARE = 0.95
 _MIN_VISIBLE = 0.15
+_MOSAIC_CHANCE = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +275,11 @@ def make_sample(
 
 @dataclass(eq=False)
 class MixedSamples(Dataset[Sample]):
-    """An endless, indexable stream of samples from several sources, drawn by weight."""
+    """An endless, indexable stream of samples from several sources, drawn by weight.
+
+    With augmentation some samples are four smaller ones side by side, so that small objects are
+    as common as large ones.
+    """
 
     sources: Sequence[tuple[Source, float]]
     """Each source with its weight."""
@@ -299,18 +304,47 @@ class MixedSamples(Dataset[Sample]):
         """Draw sample `index`; the same seed and index give the same sample."""
         cv2.setNumThreads(1)
         rng = np.random.default_rng((self.seed, index))
+        half = self.size // 2
+        may_tile = self.augment and half % 16 == 0 and self.prompts % 4 == 0
+        if may_tile and rng.random() < _MOSAIC_CHANCE:
+            parts = [self._draw(rng, size=half, prompts=self.prompts // 4) for _ in range(4)]
+            return _mosaic(parts)
+        return self._draw(rng, size=self.size, prompts=self.prompts)
+
+    def _draw(self, rng: np.random.Generator, *, size: int, prompts: int) -> Sample:
         for _ in range(200):
             source = self.sources[int(rng.choice(len(self.sources), p=self._chances))][0]
             scene = source.scene(int(rng.integers(len(source))))
-            sample = make_sample(
-                scene, size=self.size, prompts=self.prompts, rng=rng, augment=self.augment
-            )
+            sample = make_sample(scene, size=size, prompts=prompts, rng=rng, augment=self.augment)
             if sample is not None:
                 return sample
         raise DataError(
-            f"200 scenes in a row had no object of {_MIN_AREA_PX} px at size {self.size}; "
+            f"200 scenes in a row had no object of {_MIN_AREA_PX} px at size {size}; "
             "train at a larger size or on images with larger objects"
         )
+
+
+def _mosaic(parts: Sequence[Sample]) -> Sample:
+    """Put four samples of one size into the corners of one that is twice as wide and high."""
+    size = parts[0].image.shape[0]
+    low = size // _MASK_STRIDE
+    image = np.empty((2 * size, 2 * size, 3), np.uint8)
+    targets, boxes, points = [], [], []
+    for number, part in enumerate(parts):
+        row, column = divmod(number, 2)
+        image[row * size : (row + 1) * size, column * size : (column + 1) * size] = part.image
+        placed = np.zeros((len(part.targets), 2 * low, 2 * low), np.uint8)
+        placed[:, row * low : (row + 1) * low, column * low : (column + 1) * low] = part.targets
+        corner = np.array([column * size, row * size], np.float32)
+        targets.append(placed)
+        boxes.append(part.boxes_xyxy + np.tile(corner, 2))
+        points.append(part.points + corner)
+    return Sample(
+        image=image,
+        targets=np.concatenate(targets),
+        boxes_xyxy=np.concatenate(boxes),
+        points=np.concatenate(points),
+    )
 
 
 def _rle(segmentation: object, size_hw: tuple[int, int]) -> dict[str, object]:

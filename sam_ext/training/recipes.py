@@ -64,8 +64,8 @@ TINY = Recipe(
     config=SupervisedConfig(
         stages=(
             Stage(image_size=128, batch_size=32, steps=1500),
-            Stage(image_size=256, batch_size=12, steps=1050),
-            Stage(image_size=256, batch_size=8, steps=200, clicks=1),
+            Stage(image_size=256, batch_size=12, steps=2150),
+            Stage(image_size=256, batch_size=8, steps=250, clicks=1),
         ),
         optimizer="muon",
         box_chance=0.6,

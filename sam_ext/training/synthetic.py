@@ -47,19 +47,20 @@ class SyntheticScene:
 def generate_scene(config: SyntheticConfig, rng: np.random.Generator) -> SyntheticScene:
     """Draw one scene; the same generator state draws the same scene.
 
-    Objects are drawn from back to front; a later one hides what lies under it. Some carry a part
+    The ground is one texture, or several that meet along wavy borders (as sky, water and grass do);
+    each is an object, too. Objects are drawn from back to front; a later one hides what lies under
+    it. Some carry a part
     (a patch of another texture) or a hole through which the scene behind is seen; in some scenes
     all objects are alike, so that telling them apart is the task.
     """
     size = config.size
-    image = _texture(size, rng)
+    image, masks = _ground(size, rng)
     if rng.random() < 0.5:
         image = _shade(image, rng)
     count = int(rng.integers(config.objects[0], config.objects[1] + 1))
     alike = rng.random() < 0.25
     scale = float(np.exp(rng.uniform(np.log(0.05), np.log(0.35))))
     shared = _texture(size, rng)
-    masks: list[NDArray[Any]] = []
     for _ in range(count):
         radius = size * (
             scale * rng.uniform(0.8, 1.2)
@@ -85,6 +86,29 @@ def generate_scene(config: SyntheticConfig, rng: np.random.Generator) -> Synthet
     if not seen:
         return generate_scene(config, rng)
     return SyntheticScene(image=image, masks=np.stack(seen))
+
+
+def _ground(size: int, rng: np.random.Generator) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+    """Draw what lies behind all objects, and the masks of its regions if it has several."""
+    image = _texture(size, rng)
+    if rng.random() < 0.4:
+        return image, []
+    masks: list[NDArray[Any]] = [np.ones((size, size), bool)]
+    ys, xs = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
+    for _ in range(int(rng.integers(1, 4))):
+        angle = rng.uniform(0, 2 * np.pi)
+        cells = int(rng.integers(2, 9))
+        waves = cv2.resize(
+            rng.standard_normal((cells, cells), dtype=np.float32),
+            (size, size),
+            interpolation=cv2.INTER_CUBIC,
+        )
+        height = xs * np.cos(angle) + ys * np.sin(angle) + waves * rng.uniform(0, 0.25)
+        coverage = np.clip((height - rng.uniform(-0.4, 0.4)) * size + 0.5, 0, 1)
+        image = image + (_texture(size, rng) - image) * coverage[..., None]
+        solid = coverage > 0.5
+        masks = [mask & ~solid for mask in masks] + [solid]
+    return image, masks
 
 
 def _inside(mask: NDArray[Any], rng: np.random.Generator) -> tuple[float, float]:

@@ -158,6 +158,26 @@ def test_sample_i_depends_on_the_seed_and_on_i_alone():
     assert not np.array_equal(fresh[7].image, fresh[8].image)
 
 
+def test_a_mosaic_holds_four_samples_in_their_places():
+    source = SyntheticSource(SyntheticConfig(size=64, objects=(2, 4)), count=3)
+    mosaics = 0
+    samples = MixedSamples([(source, 1.0)], size=64, prompts=4, seed=0)
+    for index in range(40):
+        sample = samples[index]
+        middles = (sample.boxes_xyxy[:, :2] + sample.boxes_xyxy[:, 2:]) / 2 // 32
+        for target, box, point in zip(
+            sample.targets, sample.boxes_xyxy, sample.points, strict=True
+        ):
+            ys, xs = np.nonzero(target)
+            assert np.all(4 * np.array([xs.min(), ys.min()]) <= box[:2] + 4)
+            assert np.all(4 * np.array([xs.max() + 1, ys.max() + 1]) >= box[2:] - 4)
+            assert np.all((box[:2] <= point) & (point < box[2:]))
+        in_one_quarter = (sample.boxes_xyxy[:, 2:] - sample.boxes_xyxy[:, :2] <= 32).all()
+        order = [(0, 0), (1, 0), (0, 1), (1, 1)]
+        mosaics += in_one_quarter and [tuple(m) for m in middles] == order
+    assert 6 <= mosaics <= 20
+
+
 def test_sources_are_drawn_by_weight():
     first, second = (
         SyntheticSource(SyntheticConfig(size=64, objects=(2, 4)), count=1, seed=seed)
