@@ -26,16 +26,14 @@ def ensure_importable() -> None:
     """
     try:
         importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
+    except RuntimeError:
         for name in ("nms", "qnms"):
             if not hasattr(torch.ops.torchvision, name):
                 torch.library.define(
                     f"torchvision::{name}",
                     "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
                 )
-        importlib.import_module("torchvision")
+        importlib.import_module("torchvision")  # another failure shows again here
 
 
 ensure_importable()

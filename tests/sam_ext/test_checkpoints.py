@@ -47,6 +47,7 @@ class Server(ThreadingHTTPServer):
         self.ranges = True
         self.status = 200
         self.asked = []  # the Range header of each request
+        self.paths = []
         self.hold = None  # called before each answer
         self.redirect = False
 
@@ -64,6 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         server.asked.append(wanted)
+        server.paths.append(self.path)
         if server.hold is not None:
             server.hold()
         if server.status != 200 or self.path.rpartition("/")[2] != FILE_NAME:
@@ -132,6 +134,7 @@ def test_a_mirror_and_a_redirect_serve_as_well(server, published, tmp_path, monk
     monkeypatch.setitem(PUBLISHED, "vit_b", elsewhere)
     path = find_checkpoint("vit_b", weights_dir=tmp_path, mirror_url=f"{server.url}/mirror/")
     assert path.read_bytes() == CONTENT
+    assert server.paths == [f"/elsewhere/mirror/{FILE_NAME}"]
 
 
 @pytest.mark.parametrize(
@@ -285,9 +288,15 @@ def test_the_progress_bar_goes_to_the_error_stream(published, tmp_path, capsys):
     assert "3.0/3.0 MB" in err
 
 
-def test_a_mirror_that_is_not_http_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="mirror_url must start with http:// or https://, got 'f"):
-        find_checkpoint("vit_b", weights_dir=tmp_path, mirror_url="file:///etc")
+@pytest.mark.parametrize(
+    "mirror_url", ["file:///etc", "ftp://host/sam", "host/sam", "https:///sam"]
+)
+def test_a_mirror_that_is_not_http_is_refused(tmp_path, mirror_url):
+    with pytest.raises(ConfigError) as raised:
+        find_checkpoint("vit_b", weights_dir=tmp_path, mirror_url=mirror_url)
+    assert str(raised.value) == (
+        f"mirror_url must start with http:// or https://, got '{mirror_url}'"
+    )
 
 
 def test_offline_a_missing_file_says_what_to_put_where(server, published, tmp_path):
@@ -362,6 +371,7 @@ def test_half_precision_rounds_parameters_and_keeps_buffers(small_sam, tmp_path)
     loaded = load_sam(str(tmp_path / "a.safetensors"), weights_dir=tmp_path)
     for (name, got), wanted in zip(loaded.named_parameters(), small_sam.parameters(), strict=True):
         assert torch.equal(got, wanted.half().float()), name
+        assert got.dtype == torch.float32, name
     assert torch.equal(
         loaded.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix,
         small_sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix,
