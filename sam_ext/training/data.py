@@ -19,11 +19,12 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import Dataset
 
 from sam_ext.errors import ConfigError, DataError
-from sam_ext.training.synthetic import SyntheticConfig, generate_scene
+from sam_ext.training.synthetic import Photographs, SyntheticConfig, generate_scene
 
 __all__ = [
     "CocoFolder",
     "MixedSamples",
+    "PhotographsOf",
     "Sample",
     "Scene",
     "Source",
@@ -37,6 +38,7 @@ _MIN_AREA_PX = 20
 _MAX_SHARE = 0.95
 _MIN_VISIBLE = 0.15
 _MOSAIC_CHANCE = 0.3
+_MIN_CUTOUT_PX = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,12 +142,43 @@ class CocoFolder:
 
 
 @dataclass(eq=False)
+class PhotographsOf:
+    """The images and objects of some sources, as material for generated scenes."""
+
+    sources: Sequence[tuple[Source, float]]
+    """Each source with its weight."""
+
+    def __post_init__(self) -> None:
+        self._chances = _chances(self.sources)
+
+    def photograph(self, rng: np.random.Generator) -> NDArray[Any]:
+        """Draw an image [H, W, 3] uint8 RGB."""
+        return self._scene(rng).image
+
+    def cutout(self, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Draw an object: its bounding box's pixels [h, w, 3] uint8 and mask [h, w], 0 or 1."""
+        for _ in range(200):
+            scene = self._scene(rng)
+            index = int(rng.integers(len(scene.rles)))
+            x0, y0 = np.floor(scene.boxes_xyxy[index, :2]).astype(int)
+            x1, y1 = np.ceil(scene.boxes_xyxy[index, 2:]).astype(int)
+            if min(x1 - x0, y1 - y0) >= _MIN_CUTOUT_PX:
+                return scene.image[y0:y1, x0:x1], scene.mask(index)[y0:y1, x0:x1]
+        raise DataError(f"200 objects in a row were narrower than {_MIN_CUTOUT_PX} px")
+
+    def _scene(self, rng: np.random.Generator) -> Scene:
+        source = self.sources[int(rng.choice(len(self.sources), p=self._chances))][0]
+        return source.scene(int(rng.integers(len(source))))
+
+
+@dataclass(eq=False)
 class SyntheticSource:
     """Generated scenes, each made once and then kept."""
 
     config: SyntheticConfig
     count: int
     seed: int = 0
+    photographs: Photographs | None = None
     _scenes: dict[int, Scene] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
@@ -154,7 +187,8 @@ class SyntheticSource:
     def scene(self, index: int) -> Scene:
         """Generate scene `index`."""
         if index not in self._scenes:
-            generated = generate_scene(self.config, np.random.default_rng((self.seed, index)))
+            rng = np.random.default_rng((self.seed, index))
+            generated = generate_scene(self.config, rng, self.photographs)
             stacked = np.asfortranarray(generated.masks.transpose(1, 2, 0).astype(np.uint8))
             rles = coco_mask.encode(stacked)
             boxes = coco_mask.toBbox(rles).astype(np.float32)
@@ -290,12 +324,9 @@ class MixedSamples(Dataset[Sample]):
     length: int = 2**31
 
     def __post_init__(self) -> None:
-        weights = np.array([weight for _, weight in self.sources], float)
-        if len(weights) == 0 or (weights < 0).any() or weights.sum() == 0:
-            raise ConfigError(f"sources must have weights >= 0 with a sum above 0, got {weights}")
         if self.size % 16:
             raise ConfigError(f"size must be a multiple of 16, got {self.size}")
-        self._chances = weights / weights.sum()
+        self._chances = _chances(self.sources)
 
     def __len__(self) -> int:
         return self.length
@@ -322,6 +353,14 @@ class MixedSamples(Dataset[Sample]):
             f"200 scenes in a row had no object of {_MIN_AREA_PX} px at size {size}; "
             "train at a larger size or on images with larger objects"
         )
+
+
+def _chances(sources: Sequence[tuple[Source, float]]) -> NDArray[Any]:
+    weights = np.array([weight for _, weight in sources], float)
+    if len(weights) == 0 or (weights < 0).any() or weights.sum() == 0:
+        raise ConfigError(f"sources must have weights >= 0 with a sum above 0, got {weights}")
+    chances: NDArray[Any] = weights / weights.sum()
+    return chances
 
 
 def _mosaic(parts: Sequence[Sample]) -> Sample:

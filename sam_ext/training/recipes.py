@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sam_ext.errors import ConfigError
-from sam_ext.training.data import CocoFolder, Source, SyntheticSource
+from sam_ext.training.data import CocoFolder, PhotographsOf, Source, SyntheticSource
 from sam_ext.training.supervised import Stage, SupervisedConfig
 from sam_ext.training.synthetic import SyntheticConfig
 
@@ -34,8 +34,9 @@ TINY_MIX: dict[str, float] = {
     "web/potholes": 0.2,
     "web/strawberry": 0.3,
     "web/warehouse": 0.3,
-    "synthetic": 3.0,
+    "synthetic": 7.0,
 }
+_SYNTHETIC = "synthetic"
 _SYNTHETIC_SCENES = 6000
 
 
@@ -64,8 +65,8 @@ TINY = Recipe(
     config=SupervisedConfig(
         stages=(
             Stage(image_size=128, batch_size=32, steps=1500),
-            Stage(image_size=256, batch_size=12, steps=2150),
-            Stage(image_size=256, batch_size=8, steps=250, clicks=1),
+            Stage(image_size=256, batch_size=12, steps=1950),
+            Stage(image_size=256, batch_size=8, steps=150, clicks=1),
         ),
         optimizer="muon",
         box_chance=0.6,
@@ -80,21 +81,28 @@ def open_sources(
 
     Args:
         data_dir: Holds one folder per set.
-        weights: Folder name to weight; `synthetic` is generated.
+        weights: Folder name to weight; `synthetic` is generated, with textures and objects cut from
+            the others.
         splits: Which images by their split.
         seed: Of the generated scenes.
 
     Raises:
         ConfigError: If a set's folder does not exist.
     """
-    sources: list[tuple[Source, float]] = []
+    folders: list[tuple[Source, float]] = []
     for name, weight in weights.items():
-        if name == "synthetic":
-            synthetic = SyntheticSource(SyntheticConfig(), count=_SYNTHETIC_SCENES, seed=seed)
-            sources.append((synthetic, weight))
+        if name == _SYNTHETIC:
             continue
         folder = data_dir / name
         if not folder.is_dir():
             raise ConfigError(f"--data must hold the folder {name}, found none in {data_dir}")
-        sources.append((CocoFolder(folder, splits=tuple(splits)), weight))
-    return sources
+        folders.append((CocoFolder(folder, splits=tuple(splits)), weight))
+    if _SYNTHETIC not in weights:
+        return folders
+    synthetic = SyntheticSource(
+        SyntheticConfig(),
+        count=_SYNTHETIC_SCENES,
+        seed=seed,
+        photographs=PhotographsOf(folders) if folders else None,
+    )
+    return [*folders, (synthetic, weights[_SYNTHETIC])]

@@ -1,9 +1,13 @@
-"""Generated images: textured, shaded, overlapping, anti-aliased shapes with exact masks."""
+"""Generated images: textured, shaded, overlapping, anti-aliased shapes with exact masks.
+
+With photographs at hand, textures are also cut from them, and objects cut out of them are pasted
+among the shapes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -11,7 +15,7 @@ from numpy.typing import NDArray
 
 from sam_ext.errors import ConfigError
 
-__all__ = ["SyntheticConfig", "SyntheticScene", "generate_scene"]
+__all__ = ["Photographs", "SyntheticConfig", "SyntheticScene", "generate_scene"]
 
 _SHIFT = 4  # OpenCV draws with coordinates of 1 / 2**_SHIFT pixel
 _OVERSAMPLE = 2
@@ -44,7 +48,21 @@ class SyntheticScene:
     """[P, H, W] bool; only objects of which something can be seen."""
 
 
-def generate_scene(config: SyntheticConfig, rng: np.random.Generator) -> SyntheticScene:
+class Photographs(Protocol):
+    """Real images to cut textures and objects from."""
+
+    def photograph(self, rng: np.random.Generator) -> NDArray[Any]:
+        """Draw an image [H, W, 3] uint8 RGB."""
+        ...
+
+    def cutout(self, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Draw an object: its bounding box's pixels [h, w, 3] uint8 and mask [h, w], 0 or 1."""
+        ...
+
+
+def generate_scene(
+    config: SyntheticConfig, rng: np.random.Generator, photographs: Photographs | None = None
+) -> SyntheticScene:
     """Draw one scene; the same generator state draws the same scene.
 
     The ground is one texture, or several that meet along wavy borders (as sky, water and grass do);
@@ -54,21 +72,24 @@ def generate_scene(config: SyntheticConfig, rng: np.random.Generator) -> Synthet
     all objects are alike, so that telling them apart is the task.
     """
     size = config.size
-    image, masks = _ground(size, rng)
+    image, masks = _ground(size, rng, photographs)
     if rng.random() < 0.5:
         image = _shade(image, rng)
     count = int(rng.integers(config.objects[0], config.objects[1] + 1))
     alike = rng.random() < 0.25
     scale = float(np.exp(rng.uniform(np.log(0.05), np.log(0.35))))
-    shared = _texture(size, rng)
+    shared = _texture(size, rng, photographs)
     for _ in range(count):
         radius = size * (
             scale * rng.uniform(0.8, 1.2)
             if alike
             else float(np.exp(rng.uniform(np.log(0.04), np.log(0.4))))
         )
-        alpha = _shape(size, max(radius, 4.0), rng)
-        texture = shared if alike else _texture(size, rng)
+        if photographs is not None and not alike and rng.random() < 0.5:
+            texture, alpha = _paste(size, max(radius, 4.0), rng, *photographs.cutout(rng))
+        else:
+            alpha = _shape(size, max(radius, 4.0), rng)
+            texture = shared if alike else _texture(size, rng, photographs)
         if rng.random() < 0.6:
             texture = _shade(texture, rng)
         if rng.random() < 0.25:
@@ -77,9 +98,9 @@ def generate_scene(config: SyntheticConfig, rng: np.random.Generator) -> Synthet
         image = image + (texture - image) * opacity[..., None]
         solid = alpha > 0.5
         masks = [mask & ~solid for mask in masks] + [solid]
-        if rng.random() < 0.2 and radius > 0.08 * size:
+        if rng.random() < 0.2 and radius > 0.08 * size and solid.any():
             part = _shape(size, radius * 0.5, rng, center=_inside(solid, rng)) * alpha
-            image = image + (_texture(size, rng) - image) * part[..., None]
+            image = image + (_texture(size, rng, photographs) - image) * part[..., None]
             masks.append(part > 0.5)
     image = _camera(image, rng)
     seen = [mask for mask in masks if mask.sum() >= 16]
@@ -88,9 +109,11 @@ def generate_scene(config: SyntheticConfig, rng: np.random.Generator) -> Synthet
     return SyntheticScene(image=image, masks=np.stack(seen))
 
 
-def _ground(size: int, rng: np.random.Generator) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+def _ground(
+    size: int, rng: np.random.Generator, photographs: Photographs | None
+) -> tuple[NDArray[Any], list[NDArray[Any]]]:
     """Draw what lies behind all objects, and the masks of its regions if it has several."""
-    image = _texture(size, rng)
+    image = _texture(size, rng, photographs)
     if rng.random() < 0.4:
         return image, []
     masks: list[NDArray[Any]] = [np.ones((size, size), bool)]
@@ -105,7 +128,7 @@ def _ground(size: int, rng: np.random.Generator) -> tuple[NDArray[Any], list[NDA
         )
         height = xs * np.cos(angle) + ys * np.sin(angle) + waves * rng.uniform(0, 0.25)
         coverage = np.clip((height - rng.uniform(-0.4, 0.4)) * size + 0.5, 0, 1)
-        image = image + (_texture(size, rng) - image) * coverage[..., None]
+        image = image + (_texture(size, rng, photographs) - image) * coverage[..., None]
         solid = coverage > 0.5
         masks = [mask & ~solid for mask in masks] + [solid]
     return image, masks
@@ -113,14 +136,21 @@ def _ground(size: int, rng: np.random.Generator) -> tuple[NDArray[Any], list[NDA
 
 def _inside(mask: NDArray[Any], rng: np.random.Generator) -> tuple[float, float]:
     ys, xs = np.nonzero(mask)
-    if len(xs) == 0:
-        return float(mask.shape[1] / 2), float(mask.shape[0] / 2)
     pick = int(rng.integers(len(xs)))
     return float(xs[pick]), float(ys[pick])
 
 
-def _texture(size: int, rng: np.random.Generator) -> NDArray[Any]:
-    """Draw a texture [size, size, 3], float32 in 0..255: noise, stripes or plain."""
+def _texture(size: int, rng: np.random.Generator, photographs: Photographs | None) -> NDArray[Any]:
+    """Draw a texture [size, size, 3], float32 in 0..255: noise, stripes, plain or photographed."""
+    if photographs is not None and rng.random() < 0.5:
+        photograph = photographs.photograph(rng)
+        side = int(min(photograph.shape[:2]) * rng.uniform(0.15, 1.0))
+        y = int(rng.integers(photograph.shape[0] - side + 1))
+        x = int(rng.integers(photograph.shape[1] - side + 1))
+        part = cv2.resize(photograph[y : y + side, x : x + side], (size, size))
+        if rng.random() < 0.5:
+            part = part[:, ::-1]
+        return part.astype(np.float32) * np.float32(rng.uniform(0.6, 1.3))
     low, high = rng.uniform(0, 255, (2, 3)).astype(np.float32)
     if rng.random() < 0.6:  # colours of one material lie close together
         high = low + (high - low) * np.float32(rng.uniform(0.05, 0.5))
@@ -202,6 +232,40 @@ def _shape(
     coverage = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
     share: NDArray[Any] = coverage.astype(np.float32) / 255
     return share
+
+
+def _paste(
+    size: int,
+    radius: float,
+    rng: np.random.Generator,
+    pixels: NDArray[Any],
+    mask: NDArray[Any],
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Place a cut-out object: its texture [size, size, 3] and coverage [size, size]."""
+    height, width = mask.shape
+    scale = 2 * radius / max(height, width)
+    turn = rng.normal(0, 15)
+    x, y = rng.uniform(0.02 * size, 0.98 * size, 2)
+    move = cv2.getRotationMatrix2D((width / 2, height / 2), turn, scale)
+    move[:, 2] += [x - width / 2, y - height / 2]
+    if rng.random() < 0.5:
+        pixels, mask = pixels[:, ::-1], mask[:, ::-1]
+    smooth = cv2.INTER_LINEAR
+    if scale < 0.5:  # or thin parts would vanish between the samples
+        shrunk = (max(round(width * scale), 1), max(round(height * scale), 1))
+        pixels = cv2.resize(np.ascontiguousarray(pixels), shrunk, interpolation=cv2.INTER_AREA)
+        mask = cv2.resize(mask.astype(np.float32), shrunk, interpolation=cv2.INTER_AREA)
+        move = cv2.getRotationMatrix2D((shrunk[0] / 2, shrunk[1] / 2), turn, 1.0)
+        move[:, 2] += [x - shrunk[0] / 2, y - shrunk[1] / 2]
+    texture = cv2.warpAffine(
+        np.ascontiguousarray(pixels),
+        move,
+        (size, size),
+        flags=smooth,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+    coverage = cv2.warpAffine(mask.astype(np.float32), move, (size, size), flags=smooth)
+    return texture.astype(np.float32), coverage
 
 
 def _shadow(image: NDArray[Any], alpha: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:

@@ -6,7 +6,14 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from sam_ext.errors import ConfigError, DataError
-from sam_ext.training.data import CocoFolder, MixedSamples, Scene, SyntheticSource, make_sample
+from sam_ext.training.data import (
+    CocoFolder,
+    MixedSamples,
+    PhotographsOf,
+    Scene,
+    SyntheticSource,
+    make_sample,
+)
 from sam_ext.training.synthetic import SyntheticConfig
 
 SIZE_HW = (60, 90)
@@ -156,6 +163,21 @@ def test_sample_i_depends_on_the_seed_and_on_i_alone():
         np.testing.assert_array_equal(getattr(late[7], name), getattr(fresh[7], name))
     assert not np.array_equal(fresh[7].image, other[7].image)
     assert not np.array_equal(fresh[7].image, fresh[8].image)
+
+
+def test_cutouts_are_objects_in_their_boxes_and_none_is_tiny(folder):
+    photographs = PhotographsOf([(CocoFolder(folder), 1.0)])
+    assert photographs.photograph(np.random.default_rng(0)).shape == (*SIZE_HW, 3)
+    sizes = set()
+    for seed in range(20):
+        pixels, mask = photographs.cutout(np.random.default_rng(seed))
+        assert pixels.shape == (*mask.shape, 3)
+        assert mask.all()  # both objects are rectangles
+        sizes.add(mask.shape)
+    assert sizes == {(30, 30), (20, 20)}
+    scene = CocoFolder(folder, splits=("val",))  # its only object is a column of 5 px
+    with pytest.raises(DataError, match="narrower than 16 px"):
+        PhotographsOf([(scene, 1.0)]).cutout(np.random.default_rng(0))
 
 
 def test_a_mosaic_holds_four_samples_in_their_places():

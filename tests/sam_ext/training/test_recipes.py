@@ -47,6 +47,7 @@ def test_a_mix_opens_its_folders_and_generates_the_rest(data):
     assert [folder.file(i).name for i in range(len(folder))] == ["train.png"]
     assert isinstance(synthetic, SyntheticSource)
     assert (heavy, light, synthetic.seed) == (2.0, 0.5, 3)
+    assert synthetic.photographs.sources == [(folder, 2.0)]
 
 
 def test_a_set_that_is_not_there_is_named(data):

@@ -40,6 +40,38 @@ def test_an_object_differs_from_what_lies_around_it():
     assert np.mean(far) > 0.8
 
 
+class Reds:
+    """Photographs in pure red, with an object in pure green, 20 x 30 px, lower half missing."""
+
+    def photograph(self, rng):
+        return np.full((40, 50, 3), (255, 0, 0), np.uint8)
+
+    def cutout(self, rng):
+        mask = np.zeros((20, 30), np.uint8)
+        mask[:10] = 1
+        return np.full((20, 30, 3), (0, 255, 0), np.uint8), mask
+
+
+def test_photographs_give_textures_and_objects_with_their_masks():
+    red = green = 0
+    for seed in range(30):
+        scene = generate_scene(CONFIG, np.random.default_rng(seed), Reds())
+        pixels = scene.image.astype(int)
+        red += (pixels[..., 0] > 2 * pixels[..., 1:].max(2) + 60).mean()
+        for mask in scene.masks:
+            colours = scene.image[mask].astype(int)
+            if np.mean(colours[:, 1] > 2 * colours[:, [0, 2]].max(1) + 60) > 0.9:
+                ys, xs = np.nonzero(mask)
+                wide = (np.ptp(xs) + 1) * (np.ptp(ys) + 1)
+                green += mask.sum() / wide > 0.5  # the half that is there fills its box
+    assert red / 30 > 0.15
+    assert green >= 5
+    plain = [generate_scene(CONFIG, np.random.default_rng(seed)) for seed in range(5)]
+    for seed, scene in enumerate(plain):
+        other = generate_scene(CONFIG, np.random.default_rng(seed), Reds())
+        assert not np.array_equal(scene.image, other.image)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"size": 16}, {"objects": (0, 3)}, {"objects": (4, 3)}],
