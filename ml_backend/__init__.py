@@ -1,0 +1,1 @@
+"""The Label Studio side: protocol, images, engine, commands."""

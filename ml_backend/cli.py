@@ -1,0 +1,204 @@
+"""The `sam-ml-backend` command. What it does not need at once it imports when asked to run it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ml_backend.errors import BackendError
+from ml_backend.settings import Settings, load_settings
+from sam_ext.config import MODELS
+from sam_ext.errors import SamExtError
+
+__all__ = ["app", "gunicorn_command"]
+
+app = typer.Typer(
+    help="SAM as a Label Studio ML backend. Settings are environment variables: see the README.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_GRACEFUL_TIMEOUT_S = 30  # for predictions under way when the service is stopped
+
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", envvar="LABEL_STUDIO_URL", help="Label Studio as reached from here."),
+]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        envvar="LABEL_STUDIO_API_KEY",
+        help="A personal access token (Account & Settings). Better set than typed.",
+        show_envvar=True,
+    ),
+]
+BackendUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend-url",
+        help="The backend as Label Studio reaches it; http://localhost:$PORT if not given.",
+    ),
+]
+
+
+@contextmanager
+def _errors_as_one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except (BackendError, SamExtError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def serve() -> None:
+    """Answer Label Studio's requests."""
+    with _errors_as_one_sentence():
+        settings = load_settings()
+        if settings.sam_model in MODELS and settings.sam_model != "tiny":
+            _download(settings)
+    command = gunicorn_command(settings)
+    os.execv(command[0], command)
+
+
+def _download(settings: Settings) -> None:
+    """Have the published weights here before several workers want them; check them in any case."""
+    from sam_ext.checkpoints import find_checkpoint
+
+    find_checkpoint(
+        settings.sam_model,
+        weights_dir=settings.weights_dir,
+        mirror_url=settings.sam_weights_url,
+        offline=settings.sam_offline,
+        progress=True,
+    )
+
+
+def gunicorn_command(settings: Settings) -> list[str]:
+    """The command line that serves with these settings."""
+    from gunicorn.config import make_settings  # type: ignore[import-untyped]  # it has no types
+
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    command = [
+        *(sys.executable, "-m", "gunicorn"),
+        f"--bind={host}:{settings.port}",
+        "--worker-class=gthread",
+        f"--workers={settings.workers}",
+        f"--threads={settings.threads}",
+        # A worker that loads a large model is not a worker that hangs.
+        "--timeout=0",
+        f"--graceful-timeout={_GRACEFUL_TIMEOUT_S}",
+        f"--log-level={settings.log_level}",
+    ]
+    if "control_socket_disable" in make_settings():  # a socket in HOME, which may be read-only
+        command.append("--no-control-socket")
+    return [*command, "ml_backend.wsgi:application()"]
+
+
+@app.command()
+def connect(
+    project: Annotated[int, typer.Option("--project", help="The number in the project's address.")],
+    url: UrlOption = None,
+    token: TokenOption = None,
+    backend_url: BackendUrlOption = None,
+    title: Annotated[str, typer.Option(help="The model's name in Label Studio.")] = "SAM",
+) -> None:
+    """Connect the backend to a Label Studio project, for interactive use."""
+    from ml_backend import connect as connecting
+
+    with _errors_as_one_sentence():
+        settings = load_settings()
+        if url is None or token is None:
+            missing = "--url" if url is None else "--token"
+            raise typer.BadParameter(f"{missing} is needed, or its environment variable")
+        client = connecting.ProjectClient(url, token)
+        backend = connecting.connect(
+            client,
+            project,
+            backend_url or f"http://localhost:{settings.port}",
+            title=title,
+            basic_auth=connecting.basic_auth_of(settings),
+        )
+    typer.echo(
+        f"{backend['title']} at {backend['url']} is connected to project {project} "
+        f"({backend['model_version']}), for interactive use."
+    )
+
+
+@app.command()
+def doctor(
+    url: UrlOption = None,
+    token: TokenOption = None,
+    project: Annotated[
+        int | None, typer.Option(help="A project whose config and connection to check.")
+    ] = None,
+    backend_url: BackendUrlOption = None,
+) -> None:
+    """Check weights, device, backend, Label Studio, token and project; exit 1 if one fails."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ml_backend.doctor import diagnose
+
+    with _errors_as_one_sentence():
+        settings = load_settings()
+    colours = {"ok": "green", "warning": "yellow", "failure": "red"}
+    table = Table("check", "", "found")
+    failed = False
+    for finding in diagnose(
+        settings,
+        label_studio_url=url,
+        token=token,
+        project_id=project,
+        backend_url=backend_url or f"http://localhost:{settings.port}",
+    ):
+        state = f"[{colours[finding.state]}]{finding.state}[/]"
+        table.add_row(finding.check, state, _escape(finding.detail))
+        failed = failed or finding.state == "failure"
+    Console().print(table)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
+def demo(
+    label_studio: Annotated[
+        Path, typer.Option(help="Label Studio's executable, of a virtual environment of its own.")
+    ] = Path(".venv-labelstudio/bin/label-studio"),
+    folder: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path(".demo"),
+    host: Annotated[
+        str, typer.Option(help="Where Label Studio listens; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Label Studio's port.")] = 8080,
+    backend_port: Annotated[int, typer.Option(help="The backend's port.")] = 9090,
+) -> None:
+    """Run Label Studio and the backend with sample projects, until Ctrl-C."""
+    from ml_backend.demo import DemoConfig, run_demo
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    config = DemoConfig(
+        folder=folder, label_studio=label_studio, host=host, port=port, backend_port=backend_port
+    )
+    with _errors_as_one_sentence():
+        run_demo(config, say=typer.echo, stop=stop)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+from typer.testing import CliRunner
+
+from ml_backend.cli import app, gunicorn_command
+from ml_backend.settings import Settings
+from sam_ext.checkpoints import save_checkpoint
+from tests.conftest import build_small_sam
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs a command with these variables and none of the settings that this machine has."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, **variables: str):
+        return CliRunner().invoke(app, list(arguments), env=variables)
+
+    return call
+
+
+def test_gunicorn_is_started_with_the_settings(tmp_path):
+    settings = Settings(data_dir=tmp_path, host="10.0.0.1", port=9191, workers=2, threads=16)
+    assert gunicorn_command(settings) == [
+        *(sys.executable, "-m", "gunicorn"),
+        "--bind=10.0.0.1:9191",
+        "--worker-class=gthread",
+        "--workers=2",
+        "--threads=16",
+        "--timeout=0",
+        "--graceful-timeout=30",
+        "--log-level=info",
+        "--no-control-socket",
+        "ml_backend.wsgi:application()",
+    ]
+
+
+def test_an_ipv6_address_is_bracketed(tmp_path):
+    assert "--bind=[::]:9090" in gunicorn_command(Settings(data_dir=tmp_path, host="::"))
+
+
+@pytest.mark.parametrize("command", ["serve", "connect", "doctor", "demo"])
+def test_every_command_explains_itself(run, command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_a_wrong_setting_is_one_sentence(run):
+    result = run("serve", PORT="none")
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1
+    assert result.output.startswith("error: PORT must be ")
+    assert result.output.endswith(", got 'none'\n")
+
+
+def test_published_weights_that_may_not_be_downloaded_are_one_sentence(run, tmp_path):
+    result = run("serve", SAM_MODEL="vit_b", SAM_OFFLINE="1", DATA_DIR=str(tmp_path))
+    assert result.exit_code == 1
+    assert result.output.startswith(f"error: {tmp_path}/weights/sam_vit_b_01ec64.pth must be there")
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        pytest.param(["--token", "x"], "--url", id="url"),
+        pytest.param(["--url", "http://127.0.0.1:1"], "--token", id="token"),
+    ],
+)
+def test_connect_says_which_of_its_two_needs_is_missing(run, given, missing):
+    result = run("connect", "--project", "1", *given)
+    assert result.exit_code == 2
+    assert f"{missing} is needed, or its environment variable" in result.output
+
+
+def test_connect_to_nobody_is_one_sentence(run):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    result = run("connect", "--project", "1", "--url", url, "--token", "x")
+    assert result.exit_code == 1
+    assert result.output.startswith(f"error: Label Studio must answer at {url}/api/ml/")
+
+
+def test_the_doctor_shows_a_table_and_fails_when_something_does(run, tmp_path):
+    result = run("doctor", SAM_MODEL="nothing.pth", DATA_DIR=str(tmp_path), COLUMNS="300")
+    assert result.exit_code == 1
+    rows = [line for line in result.output.splitlines() if "weights" in line]
+    assert len(rows) == 1
+    assert "failure" in rows[0]
+    assert "got 'nothing.pth'" in rows[0]
+
+
+def test_the_doctor_is_content_with_warnings(run, tmp_path):
+    path = tmp_path / "small[x].safetensors"  # no markup of the table's
+    save_checkpoint(build_small_sam(), path, metadata={})
+    result = run("doctor", SAM_MODEL=str(path), DATA_DIR=str(tmp_path), COLUMNS="300")
+    assert result.exit_code == 0
+    assert "small[x].safetensors" in result.output
+
+
+def test_serve_becomes_gunicorn_and_ends_when_told_to(tmp_path):
+    model = tmp_path / "small.safetensors"
+    save_checkpoint(build_small_sam(), model, metadata={})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environ = {
+        **os.environ,
+        "SAM_MODEL": str(model),
+        "DATA_DIR": str(tmp_path / "data"),
+        "HOST": "127.0.0.1",
+        "PORT": str(port),
+    }
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ml_backend.cli", "serve"],
+            cwd=ROOT,
+            env=environ,
+            stdout=output,
+            stderr=output,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while "Booting worker" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+        health = requests.get(f"{url}/health", timeout=120).json()
+    finally:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert health["status"] == "UP"
+    assert f"Listening at: {url} ({process.pid})" in log.read_text()
