@@ -164,11 +164,15 @@ def demo_label_config(output: str) -> str:
   <View style="display: flex; flex-wrap: wrap; column-gap: 3em">
     <View>
       <Header size="5" value="SAM: click"/>
-      <KeyPointLabels name="kp" toName="image" smart="true" smartOnly="true">{smart}</KeyPointLabels>
+      <KeyPointLabels name="kp" toName="image" smart="true" smartOnly="true">
+        {smart}
+      </KeyPointLabels>
     </View>
     <View>
       <Header size="5" value="SAM: drag a box"/>
-      <RectangleLabels name="box" toName="image" smart="true" smartOnly="true">{smart}</RectangleLabels>
+      <RectangleLabels name="box" toName="image" smart="true" smartOnly="true">
+        {smart}
+      </RectangleLabels>
     </View>
     <View>
       <Header size="5" value="{output.capitalize()} by hand"/>
