@@ -65,7 +65,7 @@ TINY = Recipe(
     config=SupervisedConfig(
         stages=(
             Stage(image_size=128, batch_size=32, steps=1500),
-            Stage(image_size=256, batch_size=12, steps=1950),
+            Stage(image_size=256, batch_size=12, steps=2300),
             Stage(image_size=256, batch_size=8, steps=150, clicks=1),
         ),
         optimizer="muon",

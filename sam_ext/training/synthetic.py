@@ -147,10 +147,11 @@ def _texture(size: int, rng: np.random.Generator, photographs: Photographs | Non
         side = int(min(photograph.shape[:2]) * rng.uniform(0.15, 1.0))
         y = int(rng.integers(photograph.shape[0] - side + 1))
         x = int(rng.integers(photograph.shape[1] - side + 1))
-        part = cv2.resize(photograph[y : y + side, x : x + side], (size, size))
+        part: NDArray[Any] = cv2.resize(photograph[y : y + side, x : x + side], (size, size))
         if rng.random() < 0.5:
             part = part[:, ::-1]
-        return part.astype(np.float32) * np.float32(rng.uniform(0.6, 1.3))
+        lit: NDArray[Any] = part.astype(np.float32) * np.float32(rng.uniform(0.6, 1.3))
+        return lit
     low, high = rng.uniform(0, 255, (2, 3)).astype(np.float32)
     if rng.random() < 0.6:  # colours of one material lie close together
         high = low + (high - low) * np.float32(rng.uniform(0.05, 0.5))
