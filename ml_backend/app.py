@@ -54,6 +54,10 @@ _POLLED_PATHS = ("/", "/health", "/metrics")
 # A batch carries the finished masks of every selected task.
 _MAX_BODY_BYTES = 512 * 2**20
 _MAX_REASON = 300
+# SAM's own thresholds were chosen with ViT-H; `tiny` is hardly ever as sure of a mask as that.
+_AUTOMATIC_OPTIONS = {
+    "tiny": {"points_per_side": 16, "pred_iou_threshold": 0.6, "stability_threshold": 0.8}
+}
 _PROJECT = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 
 
@@ -93,6 +97,7 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
             predictor,
             cache_bytes=settings.embedding_cache_bytes,
             max_waiting=settings.max_waiting,
+            automatic_options=_AUTOMATIC_OPTIONS.get(settings.sam_model),
         ),
         images=ImageLoader(settings, connections.client_for),
     )

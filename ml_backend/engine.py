@@ -8,9 +8,10 @@ that torch keeps threads of its own for a handful of callers, not for every requ
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 from ml_backend.embeddings import EmbeddingCache, EmbeddingKey
 from ml_backend.errors import OverloadedError
@@ -27,13 +28,21 @@ _RETRY_AFTER_S = 5
 class Engine:
     """Answers prompts about images with one model; safe from several threads."""
 
-    def __init__(self, predictor: Predictor, *, cache_bytes: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        cache_bytes: int,
+        max_waiting: int,
+        automatic_options: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start the lanes.
 
         Args:
             predictor: The model.
             cache_bytes: Bound of the embeddings kept in memory.
             max_waiting: Predictions that may be admitted at the same time.
+            automatic_options: Arguments for `generate_masks`, where its defaults do not suit.
         """
         self.predictor = predictor
         self.embeddings = EmbeddingCache(cache_bytes)
@@ -41,6 +50,7 @@ class Engine:
         self._decoding = ThreadPoolExecutor(_DECODES_AT_ONCE, thread_name_prefix="decode")
         self._surveying = ThreadPoolExecutor(1, thread_name_prefix="automatic")
         self._max_waiting = max_waiting
+        self._automatic_options = dict(automatic_options or {})
         self._lock = threading.Lock()
         self._admitted = 0
 
@@ -85,7 +95,9 @@ class Engine:
 
     def automatic_masks(self, embedding: Embedding) -> list[AutomaticMask]:
         """Find the things in an image without any prompt, largest first."""
-        return self._surveying.submit(generate_masks, self.predictor, embedding).result()
+        return self._surveying.submit(
+            generate_masks, self.predictor, embedding, **self._automatic_options
+        ).result()
 
     def close(self) -> None:
         """Finish what runs, drop what waits, and end the lanes' threads."""

@@ -69,6 +69,7 @@ def test_two_rectangles_give_two_objects(demo, output):
     assert len({region["id"] for region in regions}) == len(regions) >= 2
     for nucleus in NUCLEI:
         of_this = [r for r in regions if share_inside(mask_of(r), nucleus.box_xyxy) > 0.9]
+        assert of_this
         x, y = nucleus.inside_xy
         assert union_of(of_this)[y, x]
         assert all(region["value"][MASK_TYPE[output]] == ["Nucleus"] for region in of_this)

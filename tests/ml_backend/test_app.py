@@ -6,12 +6,14 @@ import json
 import logging
 import re
 import stat
+from pathlib import Path
 
 import label_studio_ml.api
 import numpy as np
 import pytest
 from PIL import Image
 
+import ml_backend
 from ml_backend.app import create_app
 from ml_backend.errors import SettingsError
 from ml_backend.settings import Settings
@@ -286,6 +288,23 @@ def test_automatic_masks_answer_a_batch_without_prompts_when_they_are_on(make_cl
     for prediction in results:
         assert {region["type"] for region in prediction["result"]} == {"brushlabels"}
         assert all("brushlabels" not in region["value"] for region in prediction["result"])
+
+
+def test_the_bundled_model_finds_nuclei_without_prompts(make_client, label_studio):
+    """With SAM's own thresholds it would be sure of nothing."""
+    request = payload("20")
+    label_studio.legacy_tokens_enabled = True
+    for task in request["tasks"]:
+        sample = Path(ml_backend.__file__).parent / "samples" / "nuclei.jpg"
+        label_studio.routes[task["data"]["image"]] = Answer(sample.read_bytes())
+    client = make_client(
+        None,
+        sam_automatic=True,
+        label_studio_url=label_studio.url,
+        label_studio_api_key=LEGACY_TOKEN,
+    )
+    for prediction in predicted(client, request):
+        assert len(prediction["result"]) >= 3
 
 
 def test_every_image_of_a_config_is_answered_in_its_own_size(client, label_studio):
