@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sam_ext.checkpoints import save_checkpoint
+from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.config import MODELS
 from sam_ext.sam import build_sam
 from sam_ext.training.recipes import TINY, open_sources
@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sam_ext.training", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of COCO-format sets")
     parser.add_argument("--out", type=Path, required=True, help="run directory; resumes there")
+    parser.add_argument("--init", help="start from this model or checkpoint, not from nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=TINY.config.seed)
     parser.add_argument("--workers", type=int, default=1, help="processes that prepare samples")
@@ -47,7 +48,10 @@ def main() -> None:
     if arguments.stage:
         config = replace(config, stages=tuple(_stage(text) for text in arguments.stage))
     torch.manual_seed(config.seed)
-    sam = build_sam(MODELS[TINY.model]).to(arguments.device)
+    if arguments.init is None:
+        sam = build_sam(MODELS[TINY.model]).to(arguments.device)
+    else:
+        sam = load_sam(arguments.init, weights_dir=arguments.out, device=arguments.device)
     train(
         sam,
         open_sources(arguments.data, TINY.mix, splits=("train",), seed=config.seed),

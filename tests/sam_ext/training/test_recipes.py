@@ -73,3 +73,10 @@ def test_the_command_trains_and_writes_a_checkpoint_that_loads(data, tmp_path, m
     assert "held_out_box_iou" in curve[-1]
     sam = load_sam(str(out / "small.safetensors"), weights_dir=tmp_path)
     assert Predictor(sam).image_size == 64
+
+    again = tmp_path / "again"
+    still = ["--stage", "64:1:0:0", "--workers", "0", "--init", str(out / "small.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["x", "--data", str(data), "--out", str(again), *still])
+    command.main()
+    same = load_sam(str(again / "small.safetensors"), weights_dir=tmp_path)
+    assert Predictor(same).fingerprint == Predictor(sam).fingerprint
