@@ -162,7 +162,7 @@ def training_loss(
         image_embeddings = encode_image(sam.image_encoder, images)
     grid = (image_embeddings.shape[-2], image_embeddings.shape[-1])
     image_pe = dense_position_encoding(sam.prompt_encoder, grid)
-    targets = (batch.targets.float() / 255)[:, None]  # [B * P, 1, H, W]
+    targets = batch.targets.float() / 255  # [B * P, H, W]
     coords, labels = first_prompts(batch.boxes_xyxy.cpu(), batch.points.cpu(), is_box.cpu())
     coords, labels, is_box = coords.to(device), labels.to(device), is_box.to(device)
     mask_input: Tensor | None = None
@@ -179,17 +179,17 @@ def training_loss(
                 ),
                 dense_prompt_embeddings=embed_dense(sam.prompt_encoder, mask_input, grid_hw=grid),
             )
-        low_res, iou_predictions = low_res.float(), iou_predictions.float()
-        per_mask = config.focal_weight * focal_loss(low_res, targets)
-        per_mask = per_mask + config.dice_weight * dice_loss(low_res, targets)  # [B * P, 4]
-        ious = mask_iou(low_res, targets)
+        iou_predictions = iou_predictions.float()
         single = is_box if click == 0 else torch.ones_like(is_box)
+        asked = torch.stack([single, *(3 * [~single])], dim=1)  # [B * P, 4]
+        answers, wanted = low_res[asked].float(), targets[asked.nonzero()[:, 0]]  # [K, H, W]
+        loss_of_answers = config.focal_weight * focal_loss(answers, wanted)
+        loss_of_answers = loss_of_answers + config.dice_weight * dice_loss(answers, wanted)
+        per_mask = _spread(loss_of_answers, asked)
+        ious = _spread(mask_iou(answers, wanted), asked)
         best_of_three = per_mask[:, 1:].detach().argmin(1) + 1
         chosen = torch.where(single, 0, best_of_three)
         mask_loss = per_mask.gather(1, chosen[:, None]).mean()
-        asked = torch.zeros_like(ious, dtype=torch.bool)
-        asked[:, 0] = single
-        asked[:, 1:] = ~single[:, None]
         iou_error = (iou_predictions - ious).square()[asked].mean()
         losses.append(mask_loss + config.iou_weight * iou_error)
         mask_losses.append(mask_loss.detach())
@@ -200,9 +200,9 @@ def training_loss(
         if click < clicks:
             by_score = iou_predictions[:, 1:].detach().argmax(1) + 1
             shown = torch.where(single, 0, by_score)
-            last = low_res.detach()[torch.arange(len(shown), device=device), shown]
+            last = low_res.detach()[torch.arange(len(shown), device=device), shown].float()
             more_coords, more_labels = correction_clicks(
-                last, targets[:, 0], stride=_MASK_STRIDE, generator=generator
+                last, targets, stride=_MASK_STRIDE, generator=generator
             )
             coords = torch.cat([coords, more_coords], dim=1)
             labels = torch.cat([labels, more_labels], dim=1)
@@ -214,6 +214,11 @@ def training_loss(
         box_iou=box_iou,
         point_iou=point_iou,
     )
+
+
+def _spread(values: Tensor, where: Tensor) -> Tensor:
+    """Put one value [K] at each True of `where` [N, M], and zero elsewhere."""
+    return torch.zeros(where.shape, device=values.device).masked_scatter(where, values)
 
 
 def train(

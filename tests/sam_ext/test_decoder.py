@@ -1,5 +1,6 @@
 """Our forward passes over prompt encoder and mask decoder, against segment-anything's."""
 
+import pytest
 import torch
 
 from sam_ext.mask_decoder import decode_masks
@@ -51,10 +52,11 @@ def test_masks_and_positions_equal_segment_anythings(small_sam):
     assert torch.equal(dense_position_encoding(encoder, (4, 4)), encoder.get_dense_pe())
 
 
-def test_prompts_of_several_images_decode_as_each_image_alone(small_sam):
-    embeddings = torch.randn(2, 256, 4, 4)
-    sparse, dense = torch.randn(6, 3, 256), torch.randn(6, 256, 4, 4)
-    image_pe = small_sam.prompt_encoder.get_dense_pe()
+@pytest.mark.parametrize("shared", [False, True], ids=["mask inputs", "no mask inputs"])
+def test_prompts_of_several_images_decode_as_each_image_alone(small_sam, shared):
+    embeddings = torch.randn(2, 256, 4, 6)
+    sparse, dense = torch.randn(6, 3, 256), torch.randn(1 if shared else 6, 256, 4, 6)
+    image_pe = dense_position_encoding(small_sam.prompt_encoder, (4, 6))
     with torch.no_grad():
         got = decode_masks(
             small_sam.mask_decoder,
@@ -69,7 +71,7 @@ def test_prompts_of_several_images_decode_as_each_image_alone(small_sam):
                 image_embeddings=embeddings[image : image + 1],
                 image_pe=image_pe,
                 sparse_prompt_embeddings=sparse[part],
-                dense_prompt_embeddings=dense[part],
+                dense_prompt_embeddings=dense if shared else dense[part],
             )
             # float32: products of other batch sizes may add in another order
             torch.testing.assert_close(got[0][part], wanted[0], rtol=1e-4, atol=1e-5)
