@@ -35,6 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sam_ext.ba_sam import attach_coefficients
 from sam_ext.config import MODELS, SamConfig
 from sam_ext.errors import CheckpointError, ConfigError, DownloadError
 from sam_ext.sam import Sam, build_sam
@@ -217,7 +218,8 @@ def load_sam(
 
     Args:
         model: `tiny`, a key of `PUBLISHED`, or the path of a `.pth` or `.safetensors` file with
-            SAM's state dict; its sizes come from the file's metadata, or from the tensors' shapes.
+            SAM's state dict, with BA-SAM's coefficients or without; its sizes come from the file's
+            metadata, or from the tensors' shapes.
         weights_dir: Where published files are kept.
         device: As `resolve_device` takes it.
         mirror_url: See `find_checkpoint`.
@@ -243,6 +245,8 @@ def load_sam(
         raise CheckpointError(f"{path} is not a checkpoint of SAM: {error}") from error
     with torch.device("meta"):  # no time spent on random weights that are replaced at once
         sam = build_sam(config)
+        if any(key.endswith(".ba_sam_coefficient") for key in state):
+            attach_coefficients(sam.image_encoder)
     wanted = sam.state_dict()
     missing = sorted(wanted.keys() - state.keys())
     unexpected = sorted(state.keys() - wanted.keys())

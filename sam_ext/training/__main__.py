@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sam_ext.ba_sam import BaSamConfig, attach_coefficients
 from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.config import MODELS
 from sam_ext.sam import build_sam
@@ -33,8 +34,14 @@ def main() -> None:
     parser.add_argument(
         "--stage",
         action="append",
-        metavar="SIZE:BATCH:STEPS:CLICKS",
+        metavar="SIZE[+SIZE...]:BATCH:STEPS:CLICKS",
         help="replaces the recipe's stages; may be given several times",
+    )
+    parser.add_argument(
+        "--ba-sam",
+        choices=("factor", "coefficients", "all"),
+        help="fine-tune with BA-SAM's scaling factor, and (`coefficients`, or `all` weights with "
+        "them) its learnable coefficients",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -45,6 +52,13 @@ def main() -> None:
         learning_rate=arguments.learning_rate,
         warmup_steps=arguments.warmup,
     )
+    if arguments.ba_sam is not None:
+        learnable = arguments.ba_sam != "factor"
+        config = replace(
+            config,
+            ba_sam=BaSamConfig(scaling_factor=True, bias="official" if learnable else "none"),
+            trained="ba_sam" if arguments.ba_sam == "coefficients" else "all",
+        )
     if arguments.stage:
         config = replace(config, stages=tuple(_stage(text) for text in arguments.stage))
     torch.manual_seed(config.seed)
@@ -52,6 +66,9 @@ def main() -> None:
         sam = build_sam(MODELS[TINY.model]).to(arguments.device)
     else:
         sam = load_sam(arguments.init, weights_dir=arguments.out, device=arguments.device)
+    has_coefficients = any(name.endswith("ba_sam_coefficient") for name in sam.state_dict())
+    if arguments.ba_sam in ("coefficients", "all") and not has_coefficients:
+        attach_coefficients(sam.image_encoder)
     train(
         sam,
         open_sources(arguments.data, TINY.mix, splits=("train",), seed=config.seed),
@@ -67,8 +84,15 @@ def main() -> None:
 
 
 def _stage(text: str) -> Stage:
-    size, batch, steps, clicks = (int(part) for part in text.split(":"))
-    return Stage(image_size=size, batch_size=batch, steps=steps, clicks=clicks)
+    sides, batch, steps, clicks = text.split(":")
+    size, *others = (int(side) for side in sides.split("+"))
+    return Stage(
+        image_size=size,
+        other_sizes=tuple(others),
+        batch_size=int(batch),
+        steps=int(steps),
+        clicks=int(clicks),
+    )
 
 
 def _report(line: dict[str, float]) -> None:

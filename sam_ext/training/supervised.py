@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sam_ext.ba_sam import BaSamConfig
 from sam_ext.errors import CheckpointError, ConfigError
 from sam_ext.image_encoder import encode_image
 from sam_ext.mask_decoder import decode_masks
@@ -43,12 +45,21 @@ class Stage:
     """Objects asked for in each image."""
     clicks: int = 0
     """Correcting clicks after the first prompt, each with the last answer as mask input."""
+    other_sizes: tuple[int, ...] = ()
+    """Further sides in pixels; each step trains at one side, drawn among these and `image_size`."""
 
     def __post_init__(self) -> None:
-        if self.image_size % 16 or min(self.image_size, self.batch_size, self.prompts) < 1:
-            raise ConfigError(f"Stage must have image_size a multiple of 16 and sizes > 0: {self}")
+        if any(size < 16 or size % 16 for size in self.sizes):
+            raise ConfigError(f"Stage's image sizes must be positive multiples of 16, got {self}")
+        if min(self.batch_size, self.prompts) < 1:
+            raise ConfigError(f"Stage.batch_size and Stage.prompts must be >= 1, got {self}")
         if min(self.steps, self.clicks) < 0:
             raise ConfigError(f"Stage.steps and Stage.clicks must be >= 0, got {self}")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All sides that are trained at."""
+        return (self.image_size, *self.other_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +82,10 @@ class SupervisedConfig:
     """How often a box prompt is the tight box; else it is jittered."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the updates of the transformers' matrices (torch >= 2.9)."""
+    ba_sam: BaSamConfig | None = None
+    """What the encoder does away from its training size; None is plain SAM."""
+    trained: Literal["all", "ba_sam"] = "all"
+    """`ba_sam` trains the coefficients of `attach_coefficients` and nothing else."""
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = 0
 
@@ -79,6 +94,11 @@ class SupervisedConfig:
             raise ConfigError("SupervisedConfig.stages must have at least one stage, got none")
         if not 0 <= self.box_chance <= 1 or not 0 <= self.tight_box_chance <= 1:
             raise ConfigError(f"chances must be in 0..1, got {self.box_chance=}")
+        if self.trained == "ba_sam" and (self.ba_sam is None or self.ba_sam.bias != "official"):
+            raise ConfigError(
+                "SupervisedConfig.trained `ba_sam` wants ba_sam with the bias `official`, which "
+                f"has the coefficients, got {self.ba_sam}"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -159,7 +179,7 @@ def training_loss(
     size = (batch.images.shape[-2], batch.images.shape[-1])
     images = (batch.images.float() - sam.pixel_mean) / sam.pixel_std
     with _autocast(config.precision, device):
-        image_embeddings = encode_image(sam.image_encoder, images)
+        image_embeddings = encode_image(sam.image_encoder, images, ba_sam=config.ba_sam)
     grid = (image_embeddings.shape[-2], image_embeddings.shape[-1])
     image_pe = dense_position_encoding(sam.prompt_encoder, grid)
     targets = batch.targets.float() / 255  # [B * P, H, W]
@@ -259,7 +279,7 @@ def train(
     device = sam.pixel_mean.device
     optimizers = _optimizers(sam, config)
     step = _resume(sam, optimizers, config, run_dir / "last.pt")
-    parameters = [p for p in sam.parameters() if p.requires_grad]
+    parameters = [p for _, p in _trained(sam, config)]
     generator = torch.Generator()
     sam.train()
     started, first_step = time.monotonic(), step
@@ -271,7 +291,7 @@ def train(
             batch = _to(batch, device)
             is_box = torch.rand(len(batch.points), generator=generator) < config.box_chance
             loose = jitter_boxes(
-                batch.boxes_xyxy.cpu(), image_size=stage.image_size, generator=generator
+                batch.boxes_xyxy.cpu(), image_size=batch.images.shape[-1], generator=generator
             )
             tight = torch.rand(len(loose), generator=generator) < config.tight_box_chance
             boxes = torch.where(tight[:, None], batch.boxes_xyxy.cpu(), loose).to(device)
@@ -296,7 +316,7 @@ def train(
             nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            sam.zero_grad(set_to_none=True)
             step += 1
             recent.append(result)
             images_seen += stage.batch_size
@@ -378,9 +398,26 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager[ob
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def _trained(sam: Sam, config: SupervisedConfig) -> list[tuple[str, nn.Parameter]]:
+    """Name the parameters that a run trains.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    named = [(n, p) for n, p in sam.named_parameters() if p.requires_grad]
+    if config.trained == "ba_sam":
+        named = [(n, p) for n, p in named if n.endswith(".ba_sam_coefficient")]
+    if not named:
+        raise ConfigError(
+            f"a model must have parameters to train ({config.trained}), got none; "
+            "attach_coefficients gives it those of BA-SAM"
+        )
+    return named
+
+
 def _optimizers(sam: Sam, config: SupervisedConfig) -> list[torch.optim.Optimizer]:
     """Decay matrices only; with `muon`, transformer matrices get Muon and the rest AdamW."""
-    named = [(n, p) for n, p in sam.named_parameters() if p.requires_grad]
+    named = _trained(sam, config)
     no_decay = [p for n, p in named if p.ndim < 2 or "pos" in n or "token" in n or "embed." in n]
     taken = {id(p) for p in no_decay}
     matrices = [p for _, p in named if id(p) not in taken]
@@ -391,14 +428,15 @@ def _optimizers(sam: Sam, config: SupervisedConfig) -> list[torch.optim.Optimize
             for n, p in named
             if id(p) not in taken and p.ndim == 2 and (".blocks." in n or ".transformer." in n)
         ]
-        optimizers.append(
-            torch.optim.Muon(
-                hidden,
-                lr=config.learning_rate,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
+        if hidden:
+            optimizers.append(
+                torch.optim.Muon(
+                    hidden,
+                    lr=config.learning_rate,
+                    weight_decay=config.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
             )
-        )
         taken |= {id(p) for p in hidden}
         matrices = [p for p in matrices if id(p) not in taken]
     optimizers.append(
@@ -423,18 +461,34 @@ def _learning_rate(step: int, config: SupervisedConfig) -> float:
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
 
 
-class _Steps(Sampler[list[int]]):
-    """The sample indexes of steps `first` to `last`, batch by batch."""
+class _Steps(Sampler[list[tuple[int, int]]]):
+    """The samples of steps `first` to `last`, batch by batch: each its side and its index."""
 
-    def __init__(self, *, first: int, last: int, batch_size: int) -> None:
-        self._steps, self._batch_size = range(first, last), batch_size
+    def __init__(self, stage: Stage, *, first: int, seed: int) -> None:
+        self._stage, self._first, self._seed = stage, first, seed
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self._steps:
-            yield list(range(step * self._batch_size, (step + 1) * self._batch_size))
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        count = self._stage.batch_size
+        for step in range(self._first, self._stage.steps):
+            size = int(np.random.default_rng((self._seed, step)).choice(self._stage.sizes))
+            yield [(size, index) for index in range(step * count, (step + 1) * count)]
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return self._stage.steps - self._first
+
+
+class _BySize(Dataset[Sample]):
+    """Samples of several sides, indexed by side and number."""
+
+    def __init__(self, sources: Sequence[tuple[Source, float]], stage: Stage, *, seed: int) -> None:
+        self._samples = {
+            size: MixedSamples(sources, size=size, prompts=stage.prompts, seed=seed)
+            for size in stage.sizes
+        }
+
+    def __getitem__(self, index: tuple[int, int]) -> Sample:
+        size, number = index
+        return self._samples[size][number]
 
 
 def _stages(
@@ -447,17 +501,12 @@ def _stages(
         begin += stage.steps
         if done == stage.steps:
             continue
-        samples = MixedSamples(
-            sources,
-            size=stage.image_size,
-            prompts=stage.prompts,
-            seed=config.seed * 1000 + number,
-        )
+        seed = config.seed * 1000 + number
         yield (
             stage,
             DataLoader(
-                samples,  # type: ignore[arg-type]  # collate makes the batches
-                batch_sampler=_Steps(first=done, last=stage.steps, batch_size=stage.batch_size),
+                _BySize(sources, stage, seed=seed),  # type: ignore[arg-type]  # collate makes the batches
+                batch_sampler=_Steps(stage, first=done, seed=seed),
                 collate_fn=collate,
                 num_workers=num_workers,
                 prefetch_factor=4 if num_workers else None,

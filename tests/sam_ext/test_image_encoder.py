@@ -1,8 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from sam_ext.errors import ConfigError
-from sam_ext.image_encoder import encode_image, relative_position_bias, resize_position_embedding
+from sam_ext.image_encoder import (
+    encode_image,
+    prepare_encoder,
+    relative_position_terms,
+    resize_position_embedding,
+    resolve_precision,
+)
 
 
 def test_equals_segment_anything_at_the_training_size(small_sam):
@@ -25,7 +33,9 @@ def test_the_bias_is_the_sum_over_row_and_column_distances():
             dy, dx = i // width - j // width, i % width - j % width
             wanted[:, :, i, j] = q[:, :, i] @ rows[dy + height - 1]
             wanted[:, :, i, j] += q[:, :, i] @ columns[dx + width - 1]
-    got = relative_position_bias(q, rows, columns, (height, width))
+    of_rows, of_columns = relative_position_terms(q, rows, columns, (height, width))
+    got = of_rows.unsqueeze(-1) + of_columns.unsqueeze(-2)  # [2, 2, H, W, H, W]
+    got = got.reshape(wanted.shape)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
@@ -62,3 +72,64 @@ def test_the_position_embedding_is_untouched_at_its_own_grid_and_keeps_its_mean_
 def test_an_image_of_broken_patches_is_refused(small_sam):
     with pytest.raises(ConfigError, match=r"multiples of 16, got \(64, 72\)"):
         encode_image(small_sam.image_encoder, torch.zeros(1, 3, 64, 72))
+
+
+def test_tables_are_resized_to_the_grid_and_keep_their_ends():
+    dim, side = 3, 4
+    table = torch.randn(2 * side - 1, dim, dtype=torch.float64)
+    for length in (2, 9):
+        # With unit queries the term is the table itself, read by distance.
+        q = torch.eye(dim, dtype=torch.float64)[None, None].repeat(1, 1, length, 1)
+        rows, _ = relative_position_terms(q, table, table[:1], (dim * length, 1))
+        assert rows.shape == (1, 1, dim * length, 1, dim * length)
+        farthest = rows[0, 0, dim * length - 1, 0, 0]  # the last row's query, the first row's key
+        torch.testing.assert_close(farthest, table[-1, -1], rtol=0, atol=1e-12)
+
+
+def test_it_pauses_between_blocks_and_can_be_abandoned(small_sam):
+    calls = []
+    with torch.no_grad():
+        encode_image(
+            small_sam.image_encoder, torch.randn(1, 3, 32, 48), pause=lambda: calls.append(None)
+        )
+    assert len(calls) >= len(small_sam.image_encoder.blocks)
+
+    def abandon():
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        encode_image(small_sam.image_encoder, torch.randn(1, 3, 32, 48), pause=abandon)
+
+
+def test_gradients_reach_every_weight(small_sam):
+    images = torch.randn(1, 3, 48, 80)
+    encode_image(small_sam.image_encoder, images).square().sum().backward()
+    for name, parameter in small_sam.image_encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_bf16_is_close_and_leaves_the_original_alone(small_sam):
+    encoder = small_sam.image_encoder
+    assert prepare_encoder(encoder, torch.float32) is encoder
+    images = torch.randn(2, 3, 48, 80)
+    with torch.inference_mode():
+        wanted = encode_image(encoder, images)
+        got = encode_image(prepare_encoder(encoder, torch.bfloat16), images)
+    assert got.dtype == torch.bfloat16
+    assert encoder.patch_embed.proj.weight.dtype == torch.float32
+    assert (got.float() - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_precision_is_resolved_by_what_the_device_can():
+    cpu = torch.device("cpu")
+    assert resolve_precision(cpu, "fp32") == torch.float32
+    assert resolve_precision(cpu, "bf16") == torch.bfloat16
+    assert resolve_precision(torch.device("meta"), "auto") == torch.float32
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        assert resolve_precision(cpu) == torch.bfloat16
+    elif flags:
+        assert resolve_precision(cpu) == torch.float32
+    with pytest.raises(ConfigError, match="one of auto, bf16, fp32, got 'fp16'"):
+        resolve_precision(cpu, "fp16")

@@ -4,7 +4,10 @@ import json
 import pytest
 import torch
 
+from sam_ext.ba_sam import BaSamConfig, attach_coefficients
+from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.errors import CheckpointError, ConfigError
+from sam_ext.training import supervised
 from sam_ext.training.data import MixedSamples, SyntheticSource
 from sam_ext.training.losses import dice_loss, focal_loss, mask_iou
 from sam_ext.training.supervised import (
@@ -189,10 +192,51 @@ def test_bf16_trains_the_same_parameters(tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in after.values())
 
 
+def test_a_stage_of_several_sizes_trains_at_each_of_them(tmp_path, monkeypatch):
+    sizes = []
+
+    def watched(sam, batch, *arguments, **options):
+        sizes.append(tuple(batch.images.shape[-2:]))
+        return training_loss(sam, batch, *arguments, **options)
+
+    monkeypatch.setattr(supervised, "training_loss", watched)
+    run(tmp_path, config(stage(steps=12, other_sizes=(48, 96))))
+    assert set(sizes) == {(48, 48), (64, 64), (96, 96)}
+    first, sizes[:] = list(sizes), []
+    run(tmp_path / "again", config(stage(steps=12, other_sizes=(48, 96))))
+    assert sizes == first
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_the_coefficients_of_ba_sam_can_be_trained_and_saved(tmp_path, optimizer):
+    sam = build_small_sam()
+    attach_coefficients(sam.image_encoder)
+    before = {name: value.clone() for name, value in sam.state_dict().items()}
+    settings = config(
+        stage(image_size=96),
+        ba_sam=BaSamConfig(scaling_factor=True, bias="official"),
+        trained="ba_sam",
+        optimizer=optimizer,
+    )
+    after = run(tmp_path, settings, sam=sam).state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"image_encoder.blocks.1.attn.ba_sam_coefficient"}
+    save_checkpoint(sam, tmp_path / "small.safetensors", dtype=torch.float32)
+    loaded = load_sam(str(tmp_path / "small.safetensors"), weights_dir=tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], after[name]) for name in after)
+
+
+def test_training_the_coefficients_wants_a_model_that_has_them(tmp_path):
+    settings = config(ba_sam=BaSamConfig(bias="official"), trained="ba_sam")
+    with pytest.raises(ConfigError, match="attach_coefficients"):
+        run(tmp_path, settings)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        pytest.param(lambda: stage(image_size=70), "multiple of 16", id="size"),
+        pytest.param(lambda: config(trained="ba_sam"), "wants ba_sam", id="no coefficients"),
+        pytest.param(lambda: stage(image_size=70), "multiples of 16", id="size"),
         pytest.param(lambda: stage(clicks=-1), "must be >= 0", id="clicks"),
         pytest.param(lambda: SupervisedConfig(stages=()), "at least one stage", id="no stage"),
         pytest.param(lambda: config(box_chance=1.5), "in 0..1", id="chance"),
