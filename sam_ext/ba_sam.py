@@ -17,7 +17,14 @@ from sam_ext.errors import ConfigError
 if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT
 
-__all__ = ["BaSamConfig", "BiasMode", "attach_coefficients", "axis_bias", "scaling_factor"]
+__all__ = [
+    "DEFAULT_BA_SAM",
+    "BaSamConfig",
+    "BiasMode",
+    "attach_coefficients",
+    "axis_bias",
+    "scaling_factor",
+]
 
 BiasMode = Literal["none", "full", "extrapolation", "official"]
 
@@ -42,6 +49,10 @@ class BaSamConfig:
             )
         if not 0 <= self.beta < math.inf:
             raise ConfigError(f"BaSamConfig.beta must be at least 0 and finite, got {self.beta}")
+
+
+DEFAULT_BA_SAM = BaSamConfig(scaling_factor=True, bias="extrapolation", beta=4.0)
+"""What suited `tiny` best on training images."""
 
 
 def scaling_factor(tokens: int, train_tokens: int) -> float:

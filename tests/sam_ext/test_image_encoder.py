@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sam_ext import image_encoder as module
+from sam_ext.ba_sam import BaSamConfig
 from sam_ext.errors import ConfigError
 from sam_ext.image_encoder import (
     encode_image,
@@ -86,39 +88,81 @@ def test_tables_are_resized_to_the_grid_and_keep_their_ends():
         torch.testing.assert_close(farthest, table[-1, -1], rtol=0, atol=1e-12)
 
 
-def test_it_pauses_between_blocks_and_can_be_abandoned(small_sam):
-    calls = []
-    with torch.no_grad():
-        encode_image(
-            small_sam.image_encoder, torch.randn(1, 3, 32, 48), pause=lambda: calls.append(None)
-        )
-    assert len(calls) >= len(small_sam.image_encoder.blocks)
+@pytest.mark.parametrize(
+    ("logits", "tokens"),
+    [
+        pytest.param(1, 1, id="query by query, one strip of windows at a time"),
+        pytest.param(90, 20, id="some queries of a head"),
+        pytest.param(200, 50, id="some windows, two strips"),
+    ],
+)
+def test_pieces_add_up_to_the_whole(small_sam, monkeypatch, logits, tokens):
+    """Without gradients the encoder works in pieces; with them all at once."""
+    encoder = small_sam.image_encoder.double()
+    images = torch.randn(2, 3, 80, 112, dtype=torch.float64)
+    wanted = encode_image(encoder, images).detach()
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(module, "_TOKENS_AT_ONCE", tokens)
+    with torch.inference_mode():
+        torch.testing.assert_close(encode_image(encoder, images), wanted, rtol=0, atol=1e-12)
 
+
+def test_it_pauses_between_blocks_and_within_long_attention(small_sam, monkeypatch):
+    calls = []
+    images = torch.randn(1, 3, 64, 96)
+
+    def count(*, pieces):
+        monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 24 * 24 // pieces)
+        calls.clear()
+        encode_image(small_sam.image_encoder, images, pause=lambda: calls.append(None))
+        return len(calls)
+
+    assert count(pieces=1) == len(small_sam.image_encoder.blocks)  # with gradients
+    with torch.inference_mode():
+        heads = 2
+        one, four = count(pieces=1), count(pieces=4)
+        assert one >= len(small_sam.image_encoder.blocks) + heads
+        assert four - one >= 3 * heads
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_pausing_may_abandon_the_embedding(small_sam, gradients):
     def abandon():
         raise InterruptedError
 
-    with pytest.raises(InterruptedError):
+    with torch.set_grad_enabled(gradients), pytest.raises(InterruptedError):
         encode_image(small_sam.image_encoder, torch.randn(1, 3, 32, 48), pause=abandon)
 
 
-def test_gradients_reach_every_weight(small_sam):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_reach_every_weight(small_sam, autocast):
     images = torch.randn(1, 3, 48, 80)
-    encode_image(small_sam.image_encoder, images).square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        embeddings = encode_image(small_sam.image_encoder, images)
+    embeddings.float().square().sum().backward()
     for name, parameter in small_sam.image_encoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
 
 
-def test_bf16_is_close_and_leaves_the_original_alone(small_sam):
+@pytest.mark.parametrize("config", [None, BaSamConfig(scaling_factor=True, bias="full", beta=1)])
+def test_bf16_is_close_and_leaves_the_original_alone(small_sam, config):
     encoder = small_sam.image_encoder
     assert prepare_encoder(encoder, torch.float32) is encoder
+    before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
+    prepared = prepare_encoder(encoder, torch.bfloat16)
     images = torch.randn(2, 3, 48, 80)
     with torch.inference_mode():
-        wanted = encode_image(encoder, images)
-        got = encode_image(prepare_encoder(encoder, torch.bfloat16), images)
-    assert got.dtype == torch.bfloat16
-    assert encoder.patch_embed.proj.weight.dtype == torch.float32
-    assert (got.float() - wanted).norm() < 0.02 * wanted.norm()
+        wanted = encode_image(encoder, images, ba_sam=config)
+        got = encode_image(prepared, images, ba_sam=config)
+    assert (wanted.dtype, got.dtype) == (torch.float32, torch.bfloat16)
+    assert 0 < (got.float() - wanted).norm() < 0.01 * wanted.norm()
+    after = encoder.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert all(after[name].dtype == weight.dtype for name, weight in before.items())
+    of_matrices = {p.dtype for p in prepared.blocks.parameters() if p.ndim == 2 and len(p) >= 32}
+    assert of_matrices == {torch.bfloat16}
+    assert {p.dtype for p in prepared.neck.parameters()} == {torch.float32}
 
 
 def test_precision_is_resolved_by_what_the_device_can():
