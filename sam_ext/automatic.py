@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,7 @@ def generate_masks(
     min_area_px: int = 100,
     max_area_share: float = 0.95,
     max_masks: int | None = None,
+    pause: Callable[[], None] | None = None,
 ) -> list[AutomaticMask]:
     """Find the things in an image by prompting with a grid of points, three masks each.
 
@@ -69,6 +71,8 @@ def generate_masks(
         min_area_px: Masks with fewer pixels of the original image are dropped.
         max_area_share: Masks that cover more of the image than this are dropped: the background.
         max_masks: At most so many, those of highest predicted IoU.
+        pause: Called before each part of the grid; it may wait, while somebody more urgent works,
+            or raise.
 
     Returns:
         The masks, largest first.
@@ -92,6 +96,7 @@ def generate_masks(
         pred_iou_threshold=pred_iou_threshold,
         stability_threshold=stability_threshold,
         stability_offset=stability_offset,
+        pause=pause,
     )
     if not candidates:
         return []
@@ -174,15 +179,17 @@ def _candidates(
     pred_iou_threshold: float,
     stability_threshold: float,
     stability_offset: float,
+    pause: Callable[[], None] | None,
 ) -> list[_Candidate]:
     prompts = [
         ObjectPrompt(point_coords=point[None], point_labels=np.ones(1, dtype=np.int64))
         for point in points
     ]
     height, width = embedding.input_size
-    side = predictor.image_size
     candidates = []
     for start in range(0, len(prompts), _POINTS_AT_ONCE):
+        if pause is not None:
+            pause()
         answers = predictor.decode_low_res(embedding, prompts[start : start + _POINTS_AT_ONCE])
         for low_res, iou_predictions in answers:
             for logits, iou_prediction in zip(
@@ -190,7 +197,7 @@ def _candidates(
             ):
                 if iou_prediction < pred_iou_threshold:
                     continue
-                at_input = F.interpolate(logits[None, None], (side, side), mode="bilinear")
+                at_input = F.interpolate(logits[None, None], embedding.padded_size, mode="bilinear")
                 at_input = at_input[0, 0, :height, :width]
                 union = int((at_input > -stability_offset).sum())
                 stability = int((at_input > stability_offset).sum()) / union if union else 0.0

@@ -10,16 +10,32 @@ into rows and columns.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sam_ext.stable_sam import StableSam
+
 if TYPE_CHECKING:
     from segment_anything.modeling import MaskDecoder
 
-__all__ = ["decode_masks"]
+__all__ = ["Decoded", "decode_masks"]
+
+_SHIFTED_LAYER = 1  # where Stable-SAM's tokens are read: the decoder's second layer
+_SINGLE_MASK_TOKEN = 1  # the first one predicts the IoUs
+
+
+class Decoded(NamedTuple):
+    """The answers to O prompted objects."""
+
+    low_res_logits: Tensor
+    """[O, 4, 4H, 4W]: the single mask, then the three of a point."""
+    iou_predictions: Tensor
+    """[O, 4]."""
+    routing: Tensor | None
+    """[O, 2]: how much of the shifted and the plain image tokens was read; None for plain SAM."""
 
 
 def decode_masks(
@@ -29,7 +45,9 @@ def decode_masks(
     image_pe: Tensor,
     sparse_prompt_embeddings: Tensor,
     dense_prompt_embeddings: Tensor,
-) -> tuple[Tensor, Tensor]:
+    stable_sam: StableSam | None = None,
+    routing: Tensor | None = None,
+) -> Decoded:
     """Predict the four masks of every prompted object: the single mask, then the three of a point.
 
     Args:
@@ -38,9 +56,8 @@ def decode_masks(
         image_pe: [1, 256, H, W], the positions of the image tokens.
         sparse_prompt_embeddings: [B * P, T, 256]; the P objects of one image lie together.
         dense_prompt_embeddings: [B * P, 256, H, W], or [1, 256, H, W] for all.
-
-    Returns:
-        Low-resolution logits [B * P, 4, 4H, 4W] and IoU predictions [B * P, 4].
+        stable_sam: Plugin for sloppy prompts.
+        routing: [2], weights in place of the plugin's router.
     """
     objects = sparse_prompt_embeddings.shape[0]
     images, _, height, width = image_embeddings.shape
@@ -51,7 +68,15 @@ def decode_masks(
         keys = keys.repeat_interleave(objects // images, dim=0)
     dtype = _compute_dtype(image_embeddings)
     keys = _as_tokens((keys + dense_prompt_embeddings).to(dtype))
-    tokens, keys = _two_way(mask_decoder.transformer, tokens, keys, _as_tokens(image_pe.to(dtype)))
+    tokens, keys, routed = _two_way(
+        mask_decoder.transformer,
+        tokens,
+        keys,
+        _as_tokens(image_pe.to(dtype)),
+        grid_hw=(height, width),
+        stable_sam=stable_sam,
+        routing=routing,
+    )
     hyper = torch.stack(
         [mlp(tokens[:, 1 + i]) for i, mlp in enumerate(mask_decoder.output_hypernetworks_mlps)],
         dim=1,
@@ -62,7 +87,7 @@ def decode_masks(
         objects, -1, 4 * height, 4 * width
     )
     iou_predictions: Tensor = mask_decoder.iou_prediction_head(tokens[:, 0])
-    return low_res_masks, iou_predictions
+    return Decoded(low_res_masks, iou_predictions, routed)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -77,8 +102,15 @@ def _as_tokens(x: Tensor) -> Tensor:
 
 
 def _two_way(
-    transformer: Any, tokens: Tensor, keys: Tensor, image_pe: Tensor
-) -> tuple[Tensor, Tensor]:
+    transformer: Any,
+    tokens: Tensor,
+    keys: Tensor,
+    image_pe: Tensor,
+    *,
+    grid_hw: tuple[int, int],
+    stable_sam: StableSam | None,
+    routing: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Let tokens [O, T, C] and an image's tokens attend to each other.
 
     Args:
@@ -86,12 +118,15 @@ def _two_way(
         tokens: [O, T, C].
         keys: [G, N, C], G a divisor of O: the image's tokens, those of one image for O / G objects.
         image_pe: [1, N, C].
+        grid_hw: (H, W), N of them.
+        stable_sam: Shifts what the tokens read in the second layer, and nothing else.
+        routing: See `decode_masks`.
 
     Returns:
-        Tokens [O, T, C] and the image's tokens [O, N, C].
+        Tokens [O, T, C], the image's tokens [O, N, C] and the routing [O, 2].
     """
-    queries = tokens
-    for layer in transformer.layers:
+    queries, used = tokens, None
+    for index, layer in enumerate(transformer.layers):
         if layer.skip_first_layer_pe:
             queries = layer.self_attn(q=queries, k=queries, v=queries)
         else:
@@ -99,8 +134,12 @@ def _two_way(
             queries = queries + layer.self_attn(q=placed, k=placed, v=queries)
         queries = layer.norm1(queries)
         placed_keys = keys + image_pe
+        read, placed_read = keys, placed_keys
+        if stable_sam is not None and index == _SHIFTED_LAYER:
+            read, used = stable_sam(keys, queries[:, _SINGLE_MASK_TOKEN], grid_hw, routing=routing)
+            placed_read = read + image_pe
         queries = queries + _tokens_to_image(
-            layer.cross_attn_token_to_image, queries + tokens, placed_keys, keys
+            layer.cross_attn_token_to_image, queries + tokens, placed_read, read
         )
         queries = layer.norm2(queries)
         queries = layer.norm3(queries + layer.mlp(queries))
@@ -113,7 +152,7 @@ def _two_way(
     queries = queries + _tokens_to_image(
         transformer.final_attn_token_to_image, queries + tokens, keys + image_pe, keys
     )
-    return transformer.norm_final_attn(queries), keys
+    return transformer.norm_final_attn(queries), keys, used
 
 
 def _tokens_to_image(attn: Any, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from sam_ext.ba_sam import BaSamConfig
 from sam_ext.errors import PromptError
-from sam_ext.image_encoder import encode_image
+from sam_ext.image_encoder import Precision, encode_image, prepare_encoder, resolve_precision
 from sam_ext.mask_decoder import decode_masks
 from sam_ext.prompt_encoder import (
     BOX_BOTTOM_RIGHT,
@@ -25,12 +29,27 @@ from sam_ext.prompt_encoder import (
     embed_dense,
     embed_tokens,
 )
+from sam_ext.resolution import ResolutionPolicy
 from sam_ext.sam import Sam
 
-__all__ = ["Embedding", "ObjectMasks", "ObjectPrompt", "Predictor"]
+__all__ = ["Crop", "Embedding", "ObjectMasks", "ObjectPrompt", "Predictor"]
 
 # Objects that go through the decoder together: bounds its memory, and more are not faster.
 _OBJECTS_AT_ONCE = 64
+
+
+class Crop(NamedTuple):
+    """A part of an image, in its pixels; right and bottom are the first outside it."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the part."""
+        return self.y1 - self.y0, self.x1 - self.x0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +67,7 @@ class ObjectPrompt:
     box_xyxy: NDArray[np.floating[Any]] | None = None
     """[4]: left, top, right, bottom."""
     mask_input: NDArray[np.floating[Any]] | None = None
-    """[h, w], one of the `low_res_logits` of an earlier answer on the same image."""
+    """[h, w], one of the `low_res_logits` of an earlier answer on the same embedding."""
 
     def __post_init__(self) -> None:
         coords, labels, box = self.point_coords, self.point_labels, self.box_xyxy
@@ -83,14 +102,14 @@ class ObjectMasks:
     """The masks that one object's prompt may mean."""
 
     masks: NDArray[np.bool_]
-    """[M, H, W], of the original image's size."""
+    """[M, H, W], of the original image's size, also where a crop was embedded."""
     iou_predictions: NDArray[np.float32]
     """[M], how well the model expects each mask to overlap the object."""
     low_res_logits: NDArray[np.float32]
     """[M, h, w], what may be given back as `ObjectPrompt.mask_input`."""
 
-    def best(self, prompt: ObjectPrompt) -> int:
-        """Choose the mask with the highest predicted IoU among those that agree with most points.
+    def agreeing(self, prompt: ObjectPrompt) -> NDArray[np.intp]:
+        """Count the points that each mask agrees with: [M].
 
         A mask agrees with a point that it holds, or that it leaves out if the point's label is 0.
         Points outside the image count as being on its border.
@@ -98,21 +117,37 @@ class ObjectMasks:
         height, width = self.masks.shape[1:]
         columns = np.clip(np.floor(prompt.point_coords[:, 0]), 0, width - 1).astype(np.intp)
         rows = np.clip(np.floor(prompt.point_coords[:, 1]), 0, height - 1).astype(np.intp)
-        agreeing = (self.masks[:, rows, columns] == (prompt.point_labels == 1)).sum(axis=1)
+        counts: NDArray[np.intp] = (self.masks[:, rows, columns] == (prompt.point_labels == 1)).sum(
+            axis=1
+        )
+        return counts
+
+    def best(self, prompt: ObjectPrompt) -> int:
+        """Choose the mask of highest predicted IoU among those that agree with most points."""
+        agreeing = self.agreeing(prompt)
         candidates = np.flatnonzero(agreeing == agreeing.max())
         return int(candidates[self.iou_predictions[candidates].argmax()])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embedding:
-    """An image as the decoder sees it."""
+    """An image, or a crop of one, as the decoder sees it."""
 
     image_embeddings: Tensor
-    """[1, 256, h, w], padding included."""
+    """[1, 256, h, w], padding included, in the encoder's precision."""
     original_size: tuple[int, int]
     """(H, W) of the image."""
     input_size: tuple[int, int]
-    """(H, W) to which it was resized for the encoder, padding left out."""
+    """(H, W) to which it, or its crop, was resized for the encoder, padding left out."""
+    padded_size: tuple[int, int]
+    """(H, W) of the encoder's input, padding at the bottom and right included."""
+    crop: Crop | None = None
+    """The part of the image that was embedded; None for all of it."""
+
+    @property
+    def region(self) -> Crop:
+        """The part of the image that was embedded, also where that is all of it."""
+        return self.crop or Crop(0, 0, self.original_size[1], self.original_size[0])
 
     @property
     def nbytes(self) -> int:
@@ -124,42 +159,92 @@ class Predictor:
     """Answers prompts with one SAM.
 
     Nothing changes after construction, so threads may share it. Everything runs in inference mode.
-    On the same weights and prompts the answers are those of segment-anything's `SamPredictor`.
+    With the defaults, on the same weights and prompts, the answers are those of
+    segment-anything's `SamPredictor`.
     """
 
-    def __init__(self, sam: Sam) -> None:
-        """Take over a SAM, which must not be changed from here on."""
-        self._sam = sam
-        self.image_size: int = sam.image_encoder.img_size
-        """The side in pixels of the square that images are fitted into."""
-        self.device: torch.device = sam.device
-        self.fingerprint: str = _fingerprint(sam)
-        """Hex digest of the weights and sizes: equal exactly if every answer is equal."""
-
-    @torch.inference_mode()
-    def embed(self, image: NDArray[np.uint8]) -> Embedding:
-        """Encode an image.
+    def __init__(
+        self,
+        sam: Sam,
+        *,
+        ba_sam: BaSamConfig | None = None,
+        policy: ResolutionPolicy | None = None,
+        precision: Precision = "fp32",
+    ) -> None:
+        """Take over a SAM, which must not be changed from here on.
 
         Args:
-            image: [H, W, 3] RGB in 0..255, of any size; it is fitted into the training square,
-                padded at the bottom and right.
+            sam: The model, in single precision.
+            ba_sam: What the encoder does away from its training size; None is plain SAM.
+            policy: At which size images are encoded; None is SAM's own square.
+            precision: Of the encoder, as `resolve_precision` takes it; the decoder's is single.
 
         Raises:
-            PromptError: If `image` has another shape or type.
+            ConfigError: If `precision` is none of those.
+        """
+        self._sam = sam
+        self._ba_sam = ba_sam or BaSamConfig()
+        self.policy: ResolutionPolicy = policy or ResolutionPolicy()
+        """At which size images are encoded."""
+        self.image_size: int = sam.image_encoder.img_size
+        """The side in pixels of the training square."""
+        self.device: torch.device = sam.device
+        dtype = resolve_precision(self.device, precision)
+        self._encoder = prepare_encoder(sam.image_encoder, dtype)
+        self.fingerprint: str = _fingerprint(sam, (self._ba_sam, self.policy, dtype))
+        """Hex digest of the weights, sizes and settings: equal exactly if every answer is equal."""
+        # Several milliseconds of each click otherwise; few grids occur.
+        self._position_encoding = lru_cache(maxsize=16)(
+            partial(dense_position_encoding, sam.prompt_encoder)
+        )
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        image: NDArray[np.uint8],
+        *,
+        crop: Crop | None = None,
+        pause: Callable[[], None] | None = None,
+    ) -> Embedding:
+        """Encode an image, or a crop of it.
+
+        Args:
+            image: [H, W, 3] RGB in 0..255, of any size; it is resized as the policy says and
+                padded at the bottom and right.
+            crop: Encode this part only; prompts and masks stay those of the whole image.
+            pause: As `encode_image` takes it.
+
+        Raises:
+            PromptError: If `image` has another shape or type, or `crop` is not a part of it.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise PromptError(
                 f"image must be [H, W, 3] uint8, got {list(image.shape)} {image.dtype}"
             )
         height, width = image.shape[:2]
-        input_size = _input_size((height, width), self.image_size)
+        if crop is not None:
+            if not (0 <= crop.x0 < crop.x1 <= width and 0 <= crop.y0 < crop.y1 <= height):
+                raise PromptError(
+                    f"crop must lie in the image of {height} x {width} (H x W) and hold a pixel, "
+                    f"got {crop}"
+                )
+            image = np.ascontiguousarray(image[crop.y0 : crop.y1, crop.x0 : crop.x1])
+        patch_size: int = self._sam.image_encoder.patch_embed.proj.kernel_size[0]
+        sizes = {"train_side": self.image_size, "patch_size": patch_size}
+        input_size = self.policy.input_size((image.shape[0], image.shape[1]), **sizes)
+        padded_size = self.policy.padded_size(input_size, **sizes)
         resized = Image.fromarray(image).resize(input_size[::-1], Image.Resampling.BILINEAR)
-        pixels = torch.tensor(np.asarray(resized)).to(self.device)  # [h, w, 3]
-        images = self._sam.preprocess(pixels.permute(2, 0, 1)[None])
+        pixels = torch.tensor(np.asarray(resized)).to(self.device).permute(2, 0, 1)  # [3, h, w]
+        images = (pixels - self._sam.pixel_mean) / self._sam.pixel_std
+        padding = (0, padded_size[1] - input_size[1], 0, padded_size[0] - input_size[0])
         return Embedding(
-            image_embeddings=encode_image(self._sam.image_encoder, images),
+            image_embeddings=encode_image(
+                self._encoder, F.pad(images, padding)[None], ba_sam=self._ba_sam, pause=pause
+            ),
             original_size=(height, width),
             input_size=input_size,
+            padded_size=padded_size,
+            crop=crop,
         )
 
     def decode(
@@ -243,14 +328,22 @@ class Predictor:
                 answers.update(zip(part, zip(low_res, iou_predictions, strict=True), strict=True))
         return [answers[index] for index in range(len(prompts))]
 
-    @torch.inference_mode()
     def full_mask(self, embedding: Embedding, low_res: Tensor) -> NDArray[np.bool_]:
-        """Bring one mask's logits [h, w] to the original image's size and threshold them."""
-        logits = self._sam.postprocess_masks(
-            low_res[None, None], embedding.input_size, embedding.original_size
-        )
-        mask: NDArray[np.bool_] = (logits[0, 0] > self._sam.mask_threshold).cpu().numpy()
-        return mask
+        """Bring one mask's logits [h, w] to the original image's size and threshold them.
+
+        Outside an embedding's crop the mask is empty.
+        """
+        region = embedding.region
+        height, width = embedding.input_size
+        # cv2 resizes as torch does, to 1e-7, ten times faster on a CPU.
+        logits = cv2.resize(low_res.cpu().numpy(), embedding.padded_size[::-1])[:height, :width]
+        logits = cv2.resize(logits, region.size[::-1])
+        mask: NDArray[np.bool_] = logits > self._sam.mask_threshold
+        if embedding.crop is None:
+            return mask
+        pasted = np.zeros(embedding.original_size, np.bool_)
+        pasted[region.y0 : region.y1, region.x0 : region.x1] = mask
+        return pasted
 
     def _tokens(
         self, embedding: Embedding, prompt: ObjectPrompt
@@ -264,10 +357,11 @@ class Predictor:
         elif labels:
             coords.append(np.zeros((1, 2)))
             labels.append(NOT_A_POINT)
-        (height, width), (input_h, input_w) = embedding.original_size, embedding.input_size
+        region = embedding.region
+        (height, width), (input_h, input_w) = region.size, embedding.input_size
         scale = np.array([input_w / width, input_h / height])
         return (
-            (np.concatenate(coords) * scale).astype(np.float32),
+            ((np.concatenate(coords) - region[:2]) * scale).astype(np.float32),
             np.array(labels, dtype=np.int64),
         )
 
@@ -281,36 +375,30 @@ class Predictor:
     ) -> tuple[Tensor, Tensor]:
         """Decode objects [P, T, 2], [P, T], [P, 1, 4h, 4w] that have equally many tokens."""
         encoder = self._sam.prompt_encoder
-        grid_h, grid_w = embedding.image_embeddings.shape[-2:]
+        grid_hw = (embedding.image_embeddings.shape[2], embedding.image_embeddings.shape[3])
         sparse = embed_tokens(
             encoder,
             torch.from_numpy(coords).to(self.device),
             torch.from_numpy(labels).to(self.device),
-            input_size=(self.image_size, self.image_size),
+            input_size=embedding.padded_size,
         )
         mask = None
         if mask_input is not None:
             mask = torch.from_numpy(mask_input.astype(np.float32)).to(self.device)
-        return decode_masks(
+        low_res, iou_predictions, _ = decode_masks(
             self._sam.mask_decoder,
-            embedding.image_embeddings,
-            image_pe=dense_position_encoding(encoder, (grid_h, grid_w)),
+            embedding.image_embeddings.float(),
+            image_pe=self._position_encoding(grid_hw),
             sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=embed_dense(encoder, mask, grid_hw=(grid_h, grid_w)),
+            dense_prompt_embeddings=embed_dense(encoder, mask, grid_hw=grid_hw),
         )
+        return low_res, iou_predictions
 
 
-def _input_size(size_hw: tuple[int, int], longest_side: int) -> tuple[int, int]:
-    """Fit an image's size into a square, rounded as segment-anything rounds it."""
-    scale = longest_side / max(size_hw)
-    height, width = (max(1, int(side * scale + 0.5)) for side in size_hw)
-    return height, width
-
-
-def _fingerprint(sam: Sam) -> str:
+def _fingerprint(sam: Sam, settings: tuple[object, ...]) -> str:
     # The tensors' shapes tell all sizes but the windows'.
     windows = [block.window_size for block in sam.image_encoder.blocks]
-    digest = hashlib.sha256(repr((sam.image_encoder.img_size, windows)).encode())
+    digest = hashlib.sha256(repr((sam.image_encoder.img_size, windows, settings)).encode())
     for name, tensor in sorted(sam.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 
+import torch
 from torch import nn
 
 from sam_ext import _torchvision  # noqa: F401  # makes `import segment_anything` possible
@@ -19,7 +21,7 @@ from segment_anything.modeling import (
 
 from sam_ext.config import SamConfig
 
-__all__ = ["Sam", "build_sam"]
+__all__ = ["Sam", "build_sam", "weights_fingerprint"]
 
 PIXEL_MEAN = [123.675, 116.28, 103.53]
 PIXEL_STD = [58.395, 57.12, 57.375]
@@ -67,3 +69,14 @@ def build_sam(config: SamConfig) -> Sam:
         pixel_std=PIXEL_STD,
     )
     return sam.eval()
+
+
+def weights_fingerprint(sam: Sam) -> str:
+    """Digest a SAM's weights and sizes: equal exactly if every answer is equal."""
+    # The tensors' shapes tell all sizes but the windows'.
+    windows = [block.window_size for block in sam.image_encoder.blocks]
+    digest = hashlib.sha256(repr((sam.image_encoder.img_size, windows)).encode())
+    for name, tensor in sorted(sam.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

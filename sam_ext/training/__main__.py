@@ -1,4 +1,4 @@
-"""`python -m sam_ext.training`: train the bundled checkpoint, resumably."""
+"""`python -m sam_ext.training`: train the bundled checkpoint, resumably, or a plugin for it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from sam_ext.ba_sam import BaSamConfig, attach_coefficients
 from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.config import MODELS
-from sam_ext.sam import build_sam
+from sam_ext.sam import build_sam, weights_fingerprint
+from sam_ext.stable_sam import StableSam, save_stable_sam
 from sam_ext.training.recipes import TINY, open_sources
+from sam_ext.training.robust import RobustConfig, train_stable
 from sam_ext.training.supervised import Stage, train
 
 _LOG = logging.getLogger("sam_ext.training")
@@ -22,6 +24,13 @@ _LOG = logging.getLogger("sam_ext.training")
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m sam_ext.training", description=__doc__)
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("sam", "stable"),
+        default="sam",
+        help="the model itself, or Stable-SAM's plugin for the one that --init names",
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of COCO-format sets")
     parser.add_argument("--out", type=Path, required=True, help="run directory; resumes there")
     parser.add_argument("--init", help="start from this model or checkpoint, not from nothing")
@@ -43,8 +52,39 @@ def main() -> None:
         help="fine-tune with BA-SAM's scaling factor, and (`coefficients`, or `all` weights with "
         "them) its learnable coefficients",
     )
+    parser.add_argument("--steps", type=int, default=1500, help="of the plugin's training")
+    parser.add_argument(
+        "--no-routing", action="store_true", help="a plugin without router, for comparison"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if arguments.what == "stable":
+        _train_stable(arguments)
+    else:
+        _train_sam(arguments)
+
+
+def _train_stable(arguments: argparse.Namespace) -> None:
+    model = arguments.init or TINY.model
+    torch.manual_seed(arguments.seed)
+    sam = load_sam(model, weights_dir=arguments.out, device=arguments.device)
+    plugin = StableSam(is_routed=not arguments.no_routing).to(arguments.device)
+    train_stable(
+        sam,
+        plugin,
+        open_sources(arguments.data, TINY.mix, splits=("train",), seed=arguments.seed),
+        RobustConfig(
+            image_size=sam.image_encoder.img_size, steps=arguments.steps, seed=arguments.seed
+        ),
+        num_workers=arguments.workers,
+        on_progress=_report,
+    )
+    path = arguments.out / f"{Path(model).stem}.stable.safetensors"
+    save_stable_sam(plugin, path, base=weights_fingerprint(sam))
+    _LOG.info("wrote %s", path)
+
+
+def _train_sam(arguments: argparse.Namespace) -> None:
     config = replace(
         TINY.config,
         seed=arguments.seed,

@@ -27,7 +27,17 @@ from sam_ext.training.data import MixedSamples, Sample, Source
 from sam_ext.training.losses import dice_loss, focal_loss, mask_iou
 from sam_ext.training.prompts import correction_clicks, first_prompts, jitter_boxes
 
-__all__ = ["Batch", "Stage", "SupervisedConfig", "collate", "train", "training_loss"]
+__all__ = [
+    "Batch",
+    "Stage",
+    "SupervisedConfig",
+    "autocast",
+    "collate",
+    "stage_loader",
+    "to_device",
+    "train",
+    "training_loss",
+]
 
 _LOG = logging.getLogger(__name__)
 _MASK_STRIDE = 4
@@ -178,7 +188,7 @@ def training_loss(
     device = batch.images.device
     size = (batch.images.shape[-2], batch.images.shape[-1])
     images = (batch.images.float() - sam.pixel_mean) / sam.pixel_std
-    with _autocast(config.precision, device):
+    with autocast(config.precision, device):
         image_embeddings = encode_image(sam.image_encoder, images, ba_sam=config.ba_sam)
     grid = (image_embeddings.shape[-2], image_embeddings.shape[-1])
     image_pe = dense_position_encoding(sam.prompt_encoder, grid)
@@ -189,8 +199,8 @@ def training_loss(
     losses, mask_losses, iou_errors = [], [], []
     box_iou = point_iou = torch.full((), math.nan)
     for click in range(clicks + 1):
-        with _autocast(config.precision, device):
-            low_res, iou_predictions = decode_masks(
+        with autocast(config.precision, device):
+            low_res, iou_predictions, _ = decode_masks(
                 sam.mask_decoder,
                 image_embeddings,
                 image_pe=image_pe,
@@ -288,7 +298,7 @@ def train(
     for stage, batches in _stages(sources, config, step, num_workers):
         for batch in batches:
             generator.manual_seed(config.seed * 1_000_003 + step)
-            batch = _to(batch, device)
+            batch = to_device(batch, device)
             is_box = torch.rand(len(batch.points), generator=generator) < config.box_chance
             loose = jitter_boxes(
                 batch.boxes_xyxy.cpu(), image_size=batch.images.shape[-1], generator=generator
@@ -369,7 +379,9 @@ def evaluate_held_out(
     device = sam.pixel_mean.device
     totals: dict[str, list[float]] = {"box": [], "point": [], "rectangle": []}
     for first in range(0, images, 8):
-        batch = _to(collate([samples[i] for i in range(first, min(first + 8, images))]), device)
+        batch = to_device(
+            collate([samples[i] for i in range(first, min(first + 8, images))]), device
+        )
         everything = torch.ones(len(batch.points), dtype=torch.bool)
         for name, is_box in (("box", everything), ("point", ~everything)):
             result = training_loss(
@@ -392,7 +404,8 @@ def _rectangle_iou(batch: Batch) -> Tensor:
     return mask_iou(inside.float() - 0.5, batch.targets.float() / 255)
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Compute in `bf16` inside the block, or change nothing (`fp32`)."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -501,20 +514,38 @@ def _stages(
         begin += stage.steps
         if done == stage.steps:
             continue
-        seed = config.seed * 1000 + number
         yield (
             stage,
-            DataLoader(
-                _BySize(sources, stage, seed=seed),  # type: ignore[arg-type]  # collate makes the batches
-                batch_sampler=_Steps(stage, first=done, seed=seed),
-                collate_fn=collate,
+            stage_loader(
+                sources,
+                stage,
+                seed=config.seed * 1000 + number,
+                first=done,
                 num_workers=num_workers,
-                prefetch_factor=4 if num_workers else None,
             ),
         )
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
+def stage_loader(
+    sources: Sequence[tuple[Source, float]],
+    stage: Stage,
+    *,
+    seed: int,
+    first: int = 0,
+    num_workers: int,
+) -> DataLoader[Batch]:
+    """Load the batches of a stage from step `first` on, always the same ones."""
+    return DataLoader(
+        _BySize(sources, stage, seed=seed),  # type: ignore[arg-type]  # collate makes the batches
+        batch_sampler=_Steps(stage, first=first, seed=seed),
+        collate_fn=collate,
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to a device."""
     return Batch(
         images=batch.images.to(device, non_blocking=True),
         targets=batch.targets.to(device, non_blocking=True),

@@ -1,14 +1,19 @@
+import copy
 import threading
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from segment_anything import SamPredictor
 
 from sam_ext import predictor as predictor_module
+from sam_ext.ba_sam import BaSamConfig
 from sam_ext.config import MODELS
-from sam_ext.errors import PromptError
-from sam_ext.predictor import ObjectMasks, ObjectPrompt, Predictor
+from sam_ext.errors import ConfigError, PromptError
+from sam_ext.image_encoder import encode_image
+from sam_ext.predictor import Crop, ObjectMasks, ObjectPrompt, Predictor
+from sam_ext.resolution import ResolutionPolicy
 from sam_ext.sam import build_sam
 from tests.conftest import build_small_sam
 
@@ -130,8 +135,159 @@ def test_the_embedding_equals_segment_anythings(tiny_sam):
     wanted = reference(tiny_sam, image).features
     got = Predictor(tiny_sam).embed(image)
     torch.testing.assert_close(got.image_embeddings, wanted, rtol=0, atol=1e-5)
-    assert (got.original_size, got.input_size) == ((90, 201), (115, 256))
+    assert (got.original_size, got.input_size, got.padded_size, got.crop) == (
+        (90, 201),
+        (115, 256),
+        (256, 256),
+        None,
+    )
     assert got.nbytes == 4 * 256 * 16 * 16
+
+
+NATIVE = ResolutionPolicy(mode="native", min_side=40, max_side=90)
+
+
+def predict_with_segment_anythings_modules(sam, image, one, *, input_size, padded_size):
+    """Run SAM's own prompt encoder and decoder on an encoder's input of any size."""
+    resized = np.asarray(predictor_module.Image.fromarray(image).resize(input_size[::-1], 2))
+    pixels = torch.tensor(resized).permute(2, 0, 1)
+    padding = (0, padded_size[1] - input_size[1], 0, padded_size[0] - input_size[0])
+    images = F.pad((pixels - sam.pixel_mean) / sam.pixel_std, padding)[None]
+    encoder = copy.deepcopy(sam.prompt_encoder)
+    encoder.input_image_size = padded_size
+    encoder.image_embedding_size = tuple(side // 16 for side in padded_size)
+    scale = torch.tensor([input_size[1] / image.shape[1], input_size[0] / image.shape[0]])
+    points = box = None
+    if len(one.point_coords):
+        points = torch.tensor(one.point_coords) * scale
+        points = (points.float()[None], torch.tensor(one.point_labels)[None])
+    if one.box_xyxy is not None:
+        box = (torch.tensor(one.box_xyxy).reshape(2, 2) * scale).float().reshape(1, 4)
+    mask = None if one.mask_input is None else torch.tensor(one.mask_input)[None, None]
+    sparse, dense = encoder(points=points, boxes=box, masks=mask)
+    low_res, _ = sam.mask_decoder(
+        image_embeddings=encode_image(sam.image_encoder, images),
+        image_pe=encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=one.is_single_point,
+    )
+    logits = F.interpolate(low_res, padded_size, mode="bilinear")
+    logits = logits[..., : input_size[0], : input_size[1]]
+    return low_res[0].numpy(), F.interpolate(logits, image.shape[:2], mode="bilinear")[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "input_size", "padded_size"),
+    [
+        pytest.param((50, 75), (50, 75), (64, 80), id="as it is"),
+        pytest.param((150, 133), (90, 80), (96, 80), id="reduced"),
+        pytest.param((20, 31), (26, 40), (32, 48), id="enlarged"),
+    ],
+)
+@torch.inference_mode()
+def test_prompts_and_masks_follow_an_input_that_is_no_square(
+    small_sam, size_hw, input_size, padded_size
+):
+    image = draw(*size_hw)
+    predictor = Predictor(small_sam, policy=NATIVE)
+    embedding = predictor.embed(image)
+    assert (embedding.input_size, embedding.padded_size) == (input_size, padded_size)
+    prompts = prompts_of_every_kind(*size_hw, mask_side=16)
+    mask = np.random.default_rng(3).normal(0, 4, [side // 4 for side in padded_size])
+    for one in prompts.values():
+        if one.mask_input is not None:
+            one = prompt(one.point_coords, one.point_labels, one.box_xyxy, mask.astype(np.float32))
+        [got] = predictor.decode(embedding, [one])
+        low_res, logits = predict_with_segment_anythings_modules(
+            small_sam, image, one, input_size=input_size, padded_size=padded_size
+        )
+        np.testing.assert_allclose(got.low_res_logits, low_res, rtol=0, atol=1e-5)
+        sure = np.abs(logits) > 1e-5
+        assert sure.mean() > 0.99
+        np.testing.assert_array_equal(got.masks[sure], logits[sure] > 0)
+
+
+@pytest.mark.parametrize("policy", [None, NATIVE], ids=["square", "native"])
+def test_a_crop_is_answered_as_an_image_of_its_own(small_sam, policy):
+    image = draw(75, 133)
+    crop = Crop(20, 11, 91, 60)
+    part = np.ascontiguousarray(image[11:60, 20:91])
+    predictor = Predictor(small_sam, policy=policy)
+    embedding, alone = predictor.embed(image, crop=crop), predictor.embed(part)
+    assert torch.equal(embedding.image_embeddings, alone.image_embeddings)
+    assert (embedding.crop, embedding.original_size) == (crop, (75, 133))
+    assert (embedding.input_size, embedding.padded_size) == (alone.input_size, alone.padded_size)
+
+    for one in prompts_of_every_kind(49, 71, mask_side=16).values():
+        if one.mask_input is not None and policy is not None:
+            continue  # made for the square's grid
+        moved = prompt(
+            one.point_coords + np.array([20, 11]),
+            one.point_labels,
+            None if one.box_xyxy is None else one.box_xyxy + np.array([20, 11, 20, 11]),
+            one.mask_input,
+        )
+        [got], [wanted] = predictor.decode(embedding, [moved]), predictor.decode(alone, [one])
+        np.testing.assert_allclose(got.low_res_logits, wanted.low_res_logits, rtol=0, atol=1e-5)
+        assert got.masks.shape == (len(wanted.masks), 75, 133)
+        assert (got.masks[:, 11:60, 20:91] == wanted.masks).mean() > 0.999
+        outside = np.ones((75, 133), np.bool_)
+        outside[11:60, 20:91] = False
+        assert not got.masks[:, outside].any()
+
+
+@pytest.mark.parametrize(
+    "crop", [Crop(-1, 0, 10, 10), Crop(0, 0, 51, 30), Crop(0, 20, 50, 31), Crop(10, 5, 10, 9)]
+)
+def test_a_crop_that_is_no_part_of_the_image_is_refused(small_sam, crop):
+    with pytest.raises(PromptError) as raised:
+        Predictor(small_sam).embed(draw(30, 50), crop=crop)
+    assert str(raised.value) == (
+        f"crop must lie in the image of 30 x 50 (H x W) and hold a pixel, got {crop}"
+    )
+
+
+def test_the_encoder_gets_the_ba_sam_settings(small_sam):
+    ba_sam = BaSamConfig(scaling_factor=True, bias="full", beta=2.0)
+    image = draw(90, 70)
+    policy = ResolutionPolicy(mode="native", min_side=96, max_side=96)
+    plain = Predictor(small_sam, policy=policy).embed(image).image_embeddings
+    got = Predictor(small_sam, policy=policy, ba_sam=ba_sam).embed(image).image_embeddings
+    assert (got - plain).abs().max() > 1e-3
+
+
+def test_a_pause_may_abandon_an_encode(small_sam):
+    class AbandonedError(Exception):
+        pass
+
+    calls = []
+
+    def pause():
+        calls.append(1)
+        if len(calls) == 2:
+            raise AbandonedError
+
+    with pytest.raises(AbandonedError):
+        Predictor(small_sam).embed(draw(30, 50), pause=pause)
+    assert len(calls) == 2
+
+
+def test_half_precision_is_the_encoders_alone(tiny_sam):
+    image = draw(90, 201)
+    exact, half = Predictor(tiny_sam), Predictor(tiny_sam, precision="bf16")
+    wanted, got = exact.embed(image), half.embed(image)
+    assert got.image_embeddings.dtype == torch.bfloat16
+    assert got.nbytes == wanted.nbytes / 2
+    error = (got.image_embeddings - wanted.image_embeddings).norm() / wanted.image_embeddings.norm()
+    assert 0 < error < 0.02
+    one = prompt([[50, 30]], [1])
+    [a], [b] = half.decode(got, [one]), exact.decode(wanted, [one])
+    assert b.low_res_logits.dtype == np.float32
+    np.testing.assert_allclose(a.low_res_logits, b.low_res_logits, rtol=0, atol=0.1)
+    assert next(tiny_sam.image_encoder.parameters()).dtype == torch.float32
+    with pytest.raises(ConfigError, match="got 'fp8'"):
+        Predictor(tiny_sam, precision="fp8")
 
 
 def test_only_one_lone_point_gets_three_masks_unless_asked(small_sam):
@@ -227,6 +383,22 @@ def test_the_fingerprint_tells_models_apart(small_sam):
     other_windows = build_small_sam()
     other_windows.image_encoder.blocks[0].window_size = 2
     assert Predictor(other_windows).fingerprint != fingerprint
+
+
+def test_the_fingerprint_tells_settings_apart(small_sam):
+    settings = [
+        {},
+        {"precision": "bf16"},
+        {"policy": NATIVE},
+        {"policy": ResolutionPolicy(mode="native", min_side=40, max_side=91)},
+        {"ba_sam": BaSamConfig(scaling_factor=True)},
+        {"ba_sam": BaSamConfig(bias="full", beta=1.0)},
+        {"ba_sam": BaSamConfig(bias="full", beta=2.0)},
+    ]
+    fingerprints = {Predictor(small_sam, **one).fingerprint for one in settings}
+    assert len(fingerprints) == len(settings)
+    plain = Predictor(small_sam, policy=ResolutionPolicy(), ba_sam=BaSamConfig())
+    assert plain.fingerprint in fingerprints  # the defaults, spelt out
 
 
 def square(top, left, side):
