@@ -191,7 +191,7 @@ def _candidates(
         if pause is not None:
             pause()
         answers = predictor.decode_low_res(embedding, prompts[start : start + _POINTS_AT_ONCE])
-        for low_res, iou_predictions in answers:
+        for low_res, iou_predictions, _ in answers:
             for logits, iou_prediction in zip(
                 low_res[1:], iou_predictions[1:].tolist(), strict=True
             ):

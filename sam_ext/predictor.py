@@ -20,7 +20,7 @@ from torch import Tensor
 from sam_ext.ba_sam import BaSamConfig
 from sam_ext.errors import PromptError
 from sam_ext.image_encoder import Precision, encode_image, prepare_encoder, resolve_precision
-from sam_ext.mask_decoder import decode_masks
+from sam_ext.mask_decoder import Decoded, decode_masks
 from sam_ext.prompt_encoder import (
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
@@ -30,7 +30,8 @@ from sam_ext.prompt_encoder import (
     embed_tokens,
 )
 from sam_ext.resolution import ResolutionPolicy
-from sam_ext.sam import Sam
+from sam_ext.sam import Sam, state_fingerprint, weights_fingerprint
+from sam_ext.stable_sam import StableSam
 
 __all__ = ["Crop", "Embedding", "ObjectMasks", "ObjectPrompt", "Predictor"]
 
@@ -107,6 +108,8 @@ class ObjectMasks:
     """[M], how well the model expects each mask to overlap the object."""
     low_res_logits: NDArray[np.float32]
     """[M, h, w], what may be given back as `ObjectPrompt.mask_input`."""
+    routing: float | None = None
+    """Stable-SAM's: how much was read from shifted places, in 0..1; None without the plugin."""
 
     def agreeing(self, prompt: ObjectPrompt) -> NDArray[np.intp]:
         """Count the points that each mask agrees with: [M].
@@ -170,6 +173,7 @@ class Predictor:
         ba_sam: BaSamConfig | None = None,
         policy: ResolutionPolicy | None = None,
         precision: Precision = "fp32",
+        stable_sam: StableSam | None = None,
     ) -> None:
         """Take over a SAM, which must not be changed from here on.
 
@@ -178,6 +182,8 @@ class Predictor:
             ba_sam: What the encoder does away from its training size; None is plain SAM.
             policy: At which size images are encoded; None is SAM's own square.
             precision: Of the encoder, as `resolve_precision` takes it; the decoder's is single.
+            stable_sam: Plugin for sloppy prompts, trained with this SAM. It answers a single point
+                with the single mask, as it was trained to: with the whole object.
 
         Raises:
             ConfigError: If `precision` is none of those.
@@ -191,7 +197,12 @@ class Predictor:
         self.device: torch.device = sam.device
         dtype = resolve_precision(self.device, precision)
         self._encoder = prepare_encoder(sam.image_encoder, dtype)
-        self.fingerprint: str = _fingerprint(sam, (self._ba_sam, self.policy, dtype))
+        self._stable_sam = None if stable_sam is None else stable_sam.to(self.device)
+        plugin = "" if stable_sam is None else state_fingerprint(stable_sam)
+        settings = (self._ba_sam, self.policy, dtype, plugin)
+        self.fingerprint: str = hashlib.sha256(
+            f"{weights_fingerprint(sam)} {settings}".encode()
+        ).hexdigest()
         """Hex digest of the weights, sizes and settings: equal exactly if every answer is equal."""
         # Several milliseconds of each click otherwise; few grids occur.
         self._position_encoding = lru_cache(maxsize=16)(
@@ -260,7 +271,8 @@ class Predictor:
             embedding: What `embed` gave for the image.
             prompts: The objects; each is answered as if it were alone.
             multimask_output: Three masks an object, or one; None gives three to an object with
-                exactly one point and nothing else, which may mean a part or the whole.
+                exactly one point and nothing else, which may mean a part or the whole, unless
+                there is a plugin for that.
 
         Returns:
             One answer a prompt, in their order.
@@ -269,10 +281,11 @@ class Predictor:
             PromptError: If a `mask_input` has another size than this embedding's logits.
         """
         answers = []
-        for prompt, (low_res, iou_predictions) in zip(
+        for prompt, (low_res, iou_predictions, routing) in zip(
             prompts, self.decode_low_res(embedding, prompts), strict=True
         ):
-            several = prompt.is_single_point if multimask_output is None else multimask_output
+            ambiguous = prompt.is_single_point and self._stable_sam is None
+            several = ambiguous if multimask_output is None else multimask_output
             chosen = slice(1, None) if several else slice(0, 1)
             answers.append(
                 ObjectMasks(
@@ -280,6 +293,7 @@ class Predictor:
                     # Copied: a view would keep the logits of the whole batch alive.
                     iou_predictions=iou_predictions[chosen].cpu().numpy().copy(),
                     low_res_logits=low_res[chosen].cpu().numpy().copy(),
+                    routing=None if routing is None else float(routing[0]),
                 )
             )
         return answers
@@ -287,7 +301,7 @@ class Predictor:
     @torch.inference_mode()
     def decode_low_res(
         self, embedding: Embedding, prompts: Sequence[ObjectPrompt]
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """Predict each object's four masks, the single one first, at the decoder's resolution.
 
         Args:
@@ -295,7 +309,8 @@ class Predictor:
             prompts: The objects.
 
         Returns:
-            For each prompt logits [4, h, w], padding included, and IoU predictions [4].
+            For each prompt logits [4, h, w], padding included, IoU predictions [4], and with a
+            plugin its routing [2].
 
         Raises:
             PromptError: If a `mask_input` has another size than this embedding's logits.
@@ -314,18 +329,24 @@ class Predictor:
             # Padding to a common number of tokens would change the answers: no token is ignored.
             groups[len(tokens[index][1]), mask is not None].append(index)
 
-        answers: dict[int, tuple[Tensor, Tensor]] = {}
+        answers: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         for group in groups.values():
             for start in range(0, len(group), _OBJECTS_AT_ONCE):
                 part = group[start : start + _OBJECTS_AT_ONCE]
                 masks = [m for index in part if (m := prompts[index].mask_input) is not None]
-                low_res, iou_predictions = self._decode_group(
+                decoded = self._decode_group(
                     embedding,
                     coords=np.stack([tokens[index][0] for index in part]),
                     labels=np.stack([tokens[index][1] for index in part]),
                     mask_input=np.stack(masks)[:, None] if masks else None,
                 )
-                answers.update(zip(part, zip(low_res, iou_predictions, strict=True), strict=True))
+                for row, index in enumerate(part):
+                    routing = None if decoded.routing is None else decoded.routing[row]
+                    answers[index] = (
+                        decoded.low_res_logits[row],
+                        decoded.iou_predictions[row],
+                        routing,
+                    )
         return [answers[index] for index in range(len(prompts))]
 
     def full_mask(self, embedding: Embedding, low_res: Tensor) -> NDArray[np.bool_]:
@@ -372,7 +393,7 @@ class Predictor:
         coords: NDArray[np.float32],
         labels: NDArray[np.int64],
         mask_input: NDArray[np.floating[Any]] | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Decoded:
         """Decode objects [P, T, 2], [P, T], [P, 1, 4h, 4w] that have equally many tokens."""
         encoder = self._sam.prompt_encoder
         grid_hw = (embedding.image_embeddings.shape[2], embedding.image_embeddings.shape[3])
@@ -385,21 +406,11 @@ class Predictor:
         mask = None
         if mask_input is not None:
             mask = torch.from_numpy(mask_input.astype(np.float32)).to(self.device)
-        low_res, iou_predictions, _ = decode_masks(
+        return decode_masks(
             self._sam.mask_decoder,
             embedding.image_embeddings.float(),
             image_pe=self._position_encoding(grid_hw),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=embed_dense(encoder, mask, grid_hw=grid_hw),
+            stable_sam=self._stable_sam,
         )
-        return low_res, iou_predictions
-
-
-def _fingerprint(sam: Sam, settings: tuple[object, ...]) -> str:
-    # The tensors' shapes tell all sizes but the windows'.
-    windows = [block.window_size for block in sam.image_encoder.blocks]
-    digest = hashlib.sha256(repr((sam.image_encoder.img_size, windows, settings)).encode())
-    for name, tensor in sorted(sam.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -21,7 +21,7 @@ from segment_anything.modeling import (
 
 from sam_ext.config import SamConfig
 
-__all__ = ["Sam", "build_sam", "weights_fingerprint"]
+__all__ = ["Sam", "build_sam", "state_fingerprint", "weights_fingerprint"]
 
 PIXEL_MEAN = [123.675, 116.28, 103.53]
 PIXEL_STD = [58.395, 57.12, 57.375]
@@ -75,8 +75,14 @@ def weights_fingerprint(sam: Sam) -> str:
     """Digest a SAM's weights and sizes: equal exactly if every answer is equal."""
     # The tensors' shapes tell all sizes but the windows'.
     windows = [block.window_size for block in sam.image_encoder.blocks]
-    digest = hashlib.sha256(repr((sam.image_encoder.img_size, windows)).encode())
-    for name, tensor in sorted(sam.state_dict().items()):
+    text = f"{sam.image_encoder.img_size} {windows} {state_fingerprint(sam)}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def state_fingerprint(module: nn.Module) -> str:
+    """Digest the names, types, shapes and values of a module's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -55,7 +55,8 @@ class ScenePredictor(Predictor):
                 for seen, masks, scores in ANSWERS
                 if seen[int(y // 8), int(x // 8)] > 0
             )
-            answers.append((torch.stack([THE_SINGLE_MASK, *masks]), torch.tensor([1.0, *scores])))
+            logits = torch.stack([THE_SINGLE_MASK, *masks])
+            answers.append((logits, torch.tensor([1.0, *scores]), None))
         return answers
 
 

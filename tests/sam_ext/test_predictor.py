@@ -15,6 +15,7 @@ from sam_ext.image_encoder import encode_image
 from sam_ext.predictor import Crop, ObjectMasks, ObjectPrompt, Predictor
 from sam_ext.resolution import ResolutionPolicy
 from sam_ext.sam import build_sam
+from sam_ext.stable_sam import StableSam
 from tests.conftest import build_small_sam
 
 
@@ -501,3 +502,40 @@ def test_an_image_of_another_form_is_refused(small_sam, image, found):
     with pytest.raises(PromptError) as raised:
         Predictor(small_sam).embed(image)
     assert str(raised.value) == f"image must be [H, W, 3] uint8, got {found}"
+
+
+def moved_plugin(seed=0):
+    plugin = StableSam()
+    torch.manual_seed(seed)
+    for parameter in plugin.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return plugin
+
+
+def test_a_plugin_for_sloppy_prompts_answers_and_reports_its_routing(small_sam):
+    image = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
+    box = ObjectPrompt(
+        point_coords=np.zeros((0, 2)),
+        point_labels=np.zeros(0, np.int64),
+        box_xyxy=np.array([4.0, 6.0, 50.0, 30.0]),
+    )
+    point = ObjectPrompt(point_coords=np.array([[20.0, 20.0]]), point_labels=np.array([1]))
+
+    def answers(plugin):
+        predictor = Predictor(small_sam, stable_sam=plugin)
+        return predictor.fingerprint, predictor.decode(predictor.embed(image), [box, point])
+
+    plain_print, plain = answers(None)
+    start_print, start = answers(StableSam())
+    moved_print, moved = answers(moved_plugin())
+    assert len({plain_print, start_print, moved_print}) == 3
+    assert [answer.routing for answer in plain] == [None, None]
+    assert [answer.routing for answer in start] == [0.5, 0.5]
+    assert all(0 < answer.routing < 1 for answer in moved)
+    np.testing.assert_allclose(
+        start[0].low_res_logits, plain[0].low_res_logits, rtol=1e-3, atol=1e-4
+    )
+    assert not np.allclose(moved[0].low_res_logits, plain[0].low_res_logits, atol=1e-3)
+    # Without it a point may mean three things; the plugin is trained to answer with the whole one.
+    assert [len(answer.masks) for answer in plain] == [1, 3]
+    assert [len(answer.masks) for answer in start] == [1, 1]
