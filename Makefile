@@ -1,8 +1,9 @@
-# `make demo` and `make test` each do all their own set-up; `make` alone does it for the demo.
+# `make demo`, `make test` and `make bench` each do all their own set-up; `make` alone does it for the
+# demo.
 #
 #   PYTHON=python3.12        the interpreter to use; otherwise the first of 3.10 to 3.13 that is found
 #   TORCH=… TORCHVISION=…    other builds, as pip requirements
-#   DEMO_ARGS=… PYTEST_ARGS=…  arguments of `sam-ml-backend demo` and of pytest
+#   DEMO_ARGS=… PYTEST_ARGS=… BENCH_ARGS=…  arguments of `sam-ml-backend demo`, pytest, tests.bench
 
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
 TORCH := torch==2.13.0
@@ -19,7 +20,7 @@ APP_DONE := $(VENV)/.installed-app
 TEST_DONE := $(VENV)/.installed-test
 LABEL_STUDIO_DONE := $(LABEL_STUDIO_VENV)/.installed-$(subst =,,$(LABEL_STUDIO))
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test bench clean
 .DELETE_ON_ERROR:
 
 setup: $(APP_DONE) $(LABEL_STUDIO_DONE)
@@ -32,6 +33,9 @@ test: $(TEST_DONE) $(LABEL_STUDIO_DONE)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
+
+bench: $(TEST_DONE)
+	@$(VENV)/bin/python -m tests.bench $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) $(LABEL_STUDIO_VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -26,7 +26,7 @@ __all__ = [
     "scaling_factor",
 ]
 
-BiasMode = Literal["none", "full", "extrapolation", "official"]
+BiasMode = Literal["none", "full", "extrapolation", "stretch", "official"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class BaSamConfig:
     scaling_factor: bool = False
     """Multiply `q . k` by `scaling_factor`; the relative position bias stays as it is."""
     bias: BiasMode = "none"
-    """`full`, `extrapolation`: add `axis_bias` along both axes. `official`: multiply the relative
-    position bias by the coefficients of `attach_coefficients`."""
+    """`full`, `extrapolation`, `stretch`: add `axis_bias` along both axes. `official`: multiply the
+    relative position bias by the coefficients of `attach_coefficients`."""
     beta: float = 0.0
-    """Strength of `full` and `extrapolation`, at least 0; the others do not have one."""
+    """Strength of `axis_bias`, at least 0."""
 
     def __post_init__(self) -> None:
         if self.bias not in get_args(BiasMode):
@@ -51,8 +51,8 @@ class BaSamConfig:
             raise ConfigError(f"BaSamConfig.beta must be at least 0 and finite, got {self.beta}")
 
 
-DEFAULT_BA_SAM = BaSamConfig(scaling_factor=True, bias="extrapolation", beta=4.0)
-"""What suited `tiny` best on training images."""
+DEFAULT_BA_SAM = BaSamConfig(bias="stretch", beta=32.0)
+"""What suited `tiny` best on training images; with it, the scaling factor did not help."""
 
 
 def scaling_factor(tokens: int, train_tokens: int) -> float:
@@ -88,16 +88,21 @@ def axis_bias(length: int, train_length: int, mode: BiasMode, beta: float) -> Te
     r"""Compute the distance bias along one axis of the token grid.
 
     .. math:: -\beta g(|i - i'|), \quad g_{full}(u) = u / S, \quad
-        g_{extrapolation}(u) = \max(0, u - (S - 1)) / S
+        g_{extrapolation}(u) = \max(0, u - (S - 1)) / S, \quad
+        g_{stretch}(u) = \max(0, u / S - u / L)
+
+    L is the axis's length, S that in training. Resized tables of relative positions tell a token
+    what share of the image lies between it and another, u / L. `stretch` penalises by how much
+    farther away the other one is than that was in training.
 
     The bias of two tokens is the sum over both axes. Of the distances that one could take, this one
     (Manhattan) adds nothing to the cost: like SAM's relative positions it is a term for the row and
     a term for the column.
 
     Args:
-        length: Tokens along the axis.
-        train_length: The same in training, S; with `extrapolation` distances that occurred in
-            training cost nothing.
+        length: Tokens along the axis, L.
+        train_length: The same in training, S. With `extrapolation` distances that occurred in
+            training cost nothing, with `stretch` none does on a grid that is no longer.
         mode: `none` and `official` give zeros.
         beta: At least 0.
 
@@ -106,12 +111,14 @@ def axis_bias(length: int, train_length: int, mode: BiasMode, beta: float) -> Te
 
     Source:
         Song et al., arXiv:2401.02317, the bias-mode attention mask: a penalty that grows with the
-        distance of query and key. The two forms of g are ours.
+        distance of query and key. The forms of g are ours.
     """
     position = torch.arange(length, dtype=torch.float64)
     distance = (position[:, None] - position[None, :]).abs()
     if mode == "extrapolation":
         distance = (distance - (train_length - 1)).clamp(min=0)
+    elif mode == "stretch":
+        distance = distance * max(0.0, 1 - train_length / length)
     elif mode != "full":
         return torch.zeros_like(distance)
     return distance * (-beta / train_length)

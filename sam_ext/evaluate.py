@@ -1,13 +1,15 @@
 """Measures a model on COCO-format folders: the tables of the README, each one command.
 
-Command line: ``python -m sam_ext.evaluate prompts --data DIR --split test --model tiny``.
+Command line: ``python -m sam_ext.evaluate prompts --data DIR --split test --model tiny``, and the
+same with ``resolution``. Every table's JSON is a list of objects, one a row, keyed by column.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,27 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from sam_ext.ba_sam import DEFAULT_BA_SAM, BaSamConfig
 from sam_ext.checkpoints import load_sam, resolve_device
+from sam_ext.errors import ConfigError
 from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask
 from sam_ext.predictor import Embedding, ObjectMasks, ObjectPrompt, Predictor
-from sam_ext.training.data import CocoFolder
+from sam_ext.resolution import ResolutionPolicy
+from sam_ext.sam import Sam
+from sam_ext.training.data import CocoFolder, Scene
 
-__all__ = ["Row", "center_point", "evaluate_prompts", "main", "print_rows", "tight_box"]
+__all__ = [
+    "ResolutionRow",
+    "Row",
+    "ba_sam_variants",
+    "center_point",
+    "evaluate_prompts",
+    "evaluate_resolution",
+    "main",
+    "plot_resolution",
+    "print_rows",
+    "tight_box",
+]
 
 _TABLE_WIDTH = 120
 
@@ -44,6 +61,27 @@ class Row:
     """The same of the boundary IoU."""
     iou_error: float | None
     """Mean absolute difference of the predicted IoU and the real one; None for baselines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolutionRow:
+    """One line of the table by resolution; every object is prompted by its tight box."""
+
+    dataset: str
+    split: str
+    variant: str
+    """The model, and what of BA-SAM is on."""
+    size: int
+    """Long side in pixels at which the images were encoded, their aspect kept."""
+    factor: float
+    """The same as a multiple of the training side."""
+    objects: int
+    miou: float
+    """Mean over objects of the IoU in the image's own pixels."""
+    mbiou: float
+    """The same of the boundary IoU."""
+    encode_ms: float
+    """Median time to encode an image."""
 
 
 def tight_box(mask: NDArray[Any]) -> NDArray[Any]:
@@ -72,6 +110,7 @@ def evaluate_prompts(
     split: str,
     variant: str,
     limit: int | None = None,
+    seed: int | None = None,
 ) -> list[Row]:
     """Prompt every object by its tight box and by its centre, and compare the answers with it.
 
@@ -81,7 +120,8 @@ def evaluate_prompts(
         dataset: Name in the rows.
         split: Name in the rows.
         variant: Name of the model in the rows.
-        limit: At most this many images, from the first on.
+        limit: At most this many images.
+        seed: Which images a limit leaves, as `evaluate_resolution` takes it.
 
     Returns:
         Five rows: the box itself as mask, the ellipse in it, the answer to the box, the answer
@@ -95,10 +135,9 @@ def evaluate_prompts(
             (reached, boundary_iou(mask, wanted), abs(guess - reached))
         )
 
-    for index in range(len(folder) if limit is None else min(limit, len(folder))):
+    for index in _chosen(folder, limit, seed):
         scene = folder.scene(index)
-        wanted = [scene.mask(k).astype(bool) for k in range(len(scene.rles))]
-        wanted = [mask for mask in wanted if mask.any()]
+        wanted = _masks(scene)
         boxes = [tight_box(mask) for mask in wanted]
         embedding = predictor.embed(scene.image)
         by_box = [_by_box(box) for box in boxes]
@@ -135,6 +174,129 @@ def evaluate_prompts(
     return rows
 
 
+def ba_sam_variants(name: str, ba_sam: BaSamConfig) -> dict[str, BaSamConfig | None]:
+    """Take a BA-SAM apart: the model called `name` without it, with either half, with both."""
+    return {
+        name: None,
+        f"{name}+factor": BaSamConfig(scaling_factor=True),
+        f"{name}+bias": BaSamConfig(bias=ba_sam.bias, beta=ba_sam.beta),
+        f"{name}+factor+bias": BaSamConfig(scaling_factor=True, bias=ba_sam.bias, beta=ba_sam.beta),
+    }
+
+
+def evaluate_resolution(
+    sam: Sam,
+    folder: CocoFolder,
+    *,
+    dataset: str,
+    split: str,
+    variants: Mapping[str, BaSamConfig | None],
+    factors: Sequence[float],
+    limit: int | None = None,
+    seed: int | None = None,
+) -> list[ResolutionRow]:
+    """Encode images at several sizes, prompt every object by its tight box, compare.
+
+    Images are padded to whole patches only, also at the training side: what one variant gains or
+    loses over another is then the variant's doing, not the padding's.
+
+    Args:
+        sam: The model.
+        folder: The images and masks.
+        dataset: Name in the rows.
+        split: Name in the rows.
+        variants: What the encoder does about a size, by name in the rows.
+        factors: Long sides of the encoder's input, as multiples of the training side.
+        limit: At most this many images.
+        seed: Draws the images that a limit leaves; None takes the first.
+
+    Returns:
+        A row for each factor and variant.
+    """
+    predictors = {}
+    for factor in factors:
+        side = round(factor * sam.image_encoder.img_size)
+        policy = ResolutionPolicy(mode="native", min_side=side, max_side=side)
+        for name, ba_sam in variants.items():
+            predictors[factor, side, name] = Predictor(sam, ba_sam=ba_sam, policy=policy)
+    scores: dict[Any, list[tuple[float, float]]] = {key: [] for key in predictors}
+    seconds: dict[Any, list[float]] = {key: [] for key in predictors}
+    for index in _chosen(folder, limit, seed):
+        scene = folder.scene(index)
+        wanted = _masks(scene)
+        prompts = [_by_box(tight_box(mask)) for mask in wanted]
+        for key, predictor in predictors.items():
+            started = time.perf_counter()
+            embedding = predictor.embed(scene.image)
+            seconds[key].append(time.perf_counter() - started)
+            answers = _decode(predictor, embedding, prompts)
+            scores[key] += [
+                (iou(answer.masks[0], mask), boundary_iou(answer.masks[0], mask))
+                for answer, mask in zip(answers, wanted, strict=True)
+            ]
+    rows = []
+    for key in predictors:
+        factor, side, name = key
+        miou, mbiou = np.mean(scores[key], axis=0)
+        rows.append(
+            ResolutionRow(
+                dataset=dataset,
+                split=split,
+                variant=name,
+                size=side,
+                factor=factor,
+                objects=len(scores[key]),
+                miou=round(float(miou), 4),
+                mbiou=round(float(mbiou), 4),
+                encode_ms=round(1000 * float(np.median(seconds[key])), 1),
+            )
+        )
+    return rows
+
+
+def plot_resolution(rows: Sequence[ResolutionRow], path: Path) -> None:
+    """Draw IoU and boundary IoU over the size, a line a variant, into an image file.
+
+    Raises:
+        ConfigError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "a plot must have matplotlib, got an environment without it; pip install matplotlib"
+        ) from error
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, column, title in zip(
+        figure.subplots(1, 2), ("miou", "mbiou"), ("IoU", "boundary IoU"), strict=True
+    ):
+        for variant in dict.fromkeys(row.variant for row in rows):
+            line = sorted((r.factor, getattr(r, column)) for r in rows if r.variant == variant)
+            axes.plot(*zip(*line, strict=True), marker="o", label=variant)
+        axes.set(title=title, xlabel="long side / training side", xscale="log")
+        factors = sorted({row.factor for row in rows})
+        axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.suptitle(f"{rows[0].dataset} {rows[0].split}, tight boxes")
+    figure.savefig(path)
+
+
+def _chosen(folder: CocoFolder, limit: int | None, seed: int | None) -> list[int]:
+    """Choose the images to measure, in the folder's order."""
+    count = len(folder) if limit is None else min(limit, len(folder))
+    if seed is None:
+        return list(range(count))
+    return sorted(np.random.default_rng(seed).permutation(len(folder))[:count].tolist())
+
+
+def _masks(scene: Scene) -> list[NDArray[np.bool_]]:
+    """Decode a scene's masks [H, W], those left out that hold no pixel."""
+    masks = [scene.mask(index).astype(np.bool_) for index in range(len(scene.rles))]
+    return [mask for mask in masks if mask.any()]
+
+
 def _by_box(box: NDArray[Any]) -> ObjectPrompt:
     return ObjectPrompt(
         point_coords=np.zeros((0, 2)), point_labels=np.zeros(0, np.int64), box_xyxy=box
@@ -154,11 +316,9 @@ def _decode(
     return answers
 
 
-def print_rows(rows: Sequence[Row]) -> None:
+def print_rows(rows: Sequence[Row] | Sequence[ResolutionRow]) -> None:
     """Print rows as a table, whole even where the terminal is narrow or there is none."""
-    table = Table()
-    for column in Row.__dataclass_fields__:
-        table.add_column(column)
+    table = Table(*asdict(rows[0]))
     for row in rows:
         table.add_row(*("" if v is None else str(v) for v in asdict(row).values()))
     console = Console()
@@ -168,36 +328,84 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, and write JSON where asked."""
-    parser = argparse.ArgumentParser(prog="python -m sam_ext.evaluate", description=__doc__)
-    parser.add_argument("table", choices=("prompts",))
-    parser.add_argument("--data", type=Path, required=True, help="folder of one COCO-format set")
-    parser.add_argument("--model", default="tiny", help="a name, or a checkpoint's path")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--primary", action="store_true", help="only annotations with primary == 1")
-    parser.add_argument("--limit", type=int, help="at most this many images")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--weights-dir", type=Path, default=Path("data/weights"))
-    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     sam = load_sam(
         options.model,
         weights_dir=options.weights_dir,
         device=resolve_device(options.device),
         progress=True,
     )
-    rows = evaluate_prompts(
-        Predictor(sam),
-        CocoFolder(
-            options.data, splits=(options.split,), primary_only=options.primary, cache=False
-        ),
-        dataset=options.data.name,
-        split=options.split,
-        variant=Path(options.model).stem,
-        limit=options.limit,
+    folder = CocoFolder(
+        options.data, splits=(options.split,), primary_only=options.primary, cache=False
     )
+    model = Path(options.model).stem
+    names = {"dataset": options.data.name, "split": options.split}
+    rows: list[Row] | list[ResolutionRow]
+    if options.table == "prompts":
+        rows = evaluate_prompts(
+            Predictor(sam),
+            folder,
+            **names,
+            variant=model,
+            limit=options.limit,
+            seed=options.seed,
+        )
+    else:
+        rows = evaluate_resolution(
+            sam,
+            folder,
+            **names,
+            variants=ba_sam_variants(model, BaSamConfig(bias=options.bias, beta=options.beta)),
+            factors=options.sizes,
+            limit=options.limit,
+            seed=options.seed,
+        )
+        if options.plot is not None:
+            plot_resolution(rows, options.plot)
     print_rows(rows)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data", type=Path, required=True, help="folder of one COCO-format set")
+    common.add_argument("--model", default="tiny", help="a name, or a checkpoint's path")
+    common.add_argument("--split", default="test")
+    common.add_argument("--primary", action="store_true", help="only annotations with primary == 1")
+    common.add_argument("--limit", type=int, help="at most this many images")
+    common.add_argument("--seed", type=int, help="draw these images; otherwise the first")
+    common.add_argument("--device", default="auto")
+    common.add_argument("--weights-dir", type=Path, default=Path("data/weights"))
+    common.add_argument("--json", type=Path, help="write the rows to this file as well")
+    parser = argparse.ArgumentParser(prog="python -m sam_ext.evaluate", description=__doc__)
+    tables = parser.add_subparsers(dest="table", required=True)
+    tables.add_parser("prompts", parents=[common], help="boxes and points against baselines")
+    resolution = tables.add_parser(
+        "resolution", parents=[common], help="image sizes, without and with BA-SAM"
+    )
+    resolution.add_argument(
+        "--sizes",
+        type=_factors,
+        default=(0.5, 1.0, 1.5, 2.0, 4.0),
+        metavar="0.5,1,...",
+        help="long sides, as multiples of the training side",
+    )
+    resolution.add_argument(
+        "--bias",
+        choices=("full", "extrapolation", "stretch", "official"),
+        default=DEFAULT_BA_SAM.bias,
+    )
+    resolution.add_argument("--beta", type=float, default=DEFAULT_BA_SAM.beta)
+    resolution.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table, too")
+    return parser
+
+
+def _factors(text: str) -> tuple[float, ...]:
+    factors = tuple(float(part) for part in text.split(","))
+    if min(factors) <= 0:
+        raise ValueError
+    return factors
 
 
 if __name__ == "__main__":

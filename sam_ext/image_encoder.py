@@ -148,7 +148,7 @@ def _global_terms(
     factor, bias_h, bias_w = 1.0, None, None
     if ba_sam.scaling_factor:
         factor = scaling_factor(height * width, train_side**2)
-    if ba_sam.bias in ("full", "extrapolation"):
+    if ba_sam.bias in ("full", "extrapolation", "stretch"):
         bias_h = axis_bias(height, train_side, ba_sam.bias, ba_sam.beta)
         bias_w = axis_bias(width, train_side, ba_sam.bias, ba_sam.beta)
     official = ba_sam.bias == "official"

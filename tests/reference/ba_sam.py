@@ -17,11 +17,13 @@ def resized(table, length):
     return torch.stack(rows)
 
 
-def distance_bias(distance, train_side, mode, beta):
+def distance_bias(distance, length, train_side, mode, beta):
     if mode == "full":
         return -beta * distance / train_side
     if mode == "extrapolation":
         return -beta * max(0, distance - (train_side - 1)) / train_side
+    if mode == "stretch":
+        return -beta * max(0, distance / train_side - distance / length)
     return 0.0
 
 
@@ -43,8 +45,8 @@ def attention(attn, tokens, grid_hw, *, factor=1.0, mode="none", beta=0.0, train
                 if mode == "official":
                     relative = attn.ba_sam_coefficient * relative
                 similarity = q @ qkv[b, 1, head] * dim**-0.5 * factor
-                distance = distance_bias(abs(dy), train_side, mode, beta)
-                distance += distance_bias(abs(dx), train_side, mode, beta)
+                distance = distance_bias(abs(dy), height, train_side, mode, beta)
+                distance += distance_bias(abs(dx), width, train_side, mode, beta)
                 logits.append(similarity + relative + distance)
             weights = torch.stack(logits).softmax(0)
             outputs.append(sum(w * qkv[b, 2, head] for b, w in enumerate(weights)))

@@ -13,6 +13,7 @@ CONFIGS = [
     pytest.param(BaSamConfig(scaling_factor=True), id="scaling factor"),
     pytest.param(BaSamConfig(bias="full", beta=1.5), id="full"),
     pytest.param(BaSamConfig(bias="extrapolation", beta=3.0), id="extrapolation"),
+    pytest.param(BaSamConfig(bias="stretch", beta=3.0), id="stretch"),
     pytest.param(BaSamConfig(bias="official"), id="official"),
     pytest.param(BaSamConfig(scaling_factor=True, bias="full", beta=1.5), id="both"),
     pytest.param(BaSamConfig(scaling_factor=True, bias="official"), id="both, official"),
@@ -57,6 +58,7 @@ def test_equals_the_equations(encoder, config, grid_hw):
         pytest.param(BaSamConfig(scaling_factor=True), id="scaling factor"),
         pytest.param(BaSamConfig(bias="full"), id="without strength"),
         pytest.param(BaSamConfig(bias="extrapolation", beta=3.0), id="extrapolation"),
+        pytest.param(BaSamConfig(bias="stretch", beta=3.0), id="stretch"),
         pytest.param(BaSamConfig(scaling_factor=True, bias="extrapolation", beta=3.0), id="both"),
         pytest.param(BaSamConfig(scaling_factor=True, bias="official"), id="fresh coefficients"),
     ],
@@ -115,7 +117,7 @@ def test_the_scaling_factor_keeps_the_entropy():
     assert abs(scaled - trained) < 0.5 * abs(plain - trained)
 
 
-@pytest.mark.parametrize("mode", ["full", "extrapolation"])
+@pytest.mark.parametrize("mode", ["full", "extrapolation", "stretch"])
 def test_the_axis_bias_grows_with_the_distance_both_ways(mode):
     bias = axis_bias(9, 4, mode, 2.0)
     assert torch.equal(bias, bias.t())
@@ -128,8 +130,10 @@ def test_the_axis_bias_grows_with_the_distance_both_ways(mode):
 def test_the_axis_bias_in_numbers():
     assert axis_bias(6, 4, "full", 2.0)[0].tolist() == [0, -0.5, -1, -1.5, -2, -2.5]
     assert axis_bias(6, 4, "extrapolation", 2.0)[0].tolist() == [0, 0, 0, 0, -0.5, -1]
+    assert axis_bias(8, 4, "stretch", 2.0)[1, :5].tolist() == [-0.25, 0, -0.25, -0.5, -0.75]
     for length in (2, 4):
         assert not axis_bias(length, 4, "extrapolation", 2.0).any()
+        assert not axis_bias(length, 4, "stretch", 2.0).any()
     assert not axis_bias(6, 4, "none", 2.0).any()
 
 
@@ -160,7 +164,7 @@ def test_coefficients_are_of_the_global_blocks_and_attached_once(small_sam):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bias": "alibi"}, "bias must be one of none, full, extrapolation, official, got 'alibi'"),
+        ({"bias": "alibi"}, "none, full, extrapolation, stretch, official, got 'alibi'"),
         ({"beta": -1.0}, "beta must be at least 0 and finite, got -1.0"),
         ({"beta": math.nan}, "beta must be at least 0 and finite, got nan"),
     ],
