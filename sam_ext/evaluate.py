@@ -10,7 +10,8 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from rich.table import Table
 from sam_ext.ba_sam import DEFAULT_BA_SAM, BaSamConfig
 from sam_ext.checkpoints import load_sam, resolve_device
 from sam_ext.errors import ConfigError
+from sam_ext.interactive import CropPolicy, answer_prompts, default_crops
 from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask
-from sam_ext.predictor import Embedding, ObjectMasks, ObjectPrompt, Predictor
-from sam_ext.resolution import ResolutionPolicy
+from sam_ext.predictor import Crop, Embedding, ObjectMasks, ObjectPrompt, Predictor
+from sam_ext.resolution import ResolutionPolicy, default_policy
 from sam_ext.sam import Sam
 from sam_ext.training.data import CocoFolder, Scene
 
@@ -52,7 +54,7 @@ class Row:
     dataset: str
     split: str
     variant: str
-    """What answered: the model, or a baseline that needs none."""
+    """What answered: the model by itself (SAM's square, no crops), as served, or a baseline."""
     prompt: str
     objects: int
     miou: float
@@ -103,29 +105,27 @@ def center_point(mask: NDArray[Any]) -> NDArray[Any]:
 
 
 def evaluate_prompts(
-    predictor: Predictor,
+    predictors: Mapping[str, tuple[Predictor, CropPolicy | None]],
     folder: CocoFolder,
     *,
     dataset: str,
     split: str,
-    variant: str,
     limit: int | None = None,
     seed: int | None = None,
 ) -> list[Row]:
     """Prompt every object by its tight box and by its centre, and compare the answers with it.
 
     Args:
-        predictor: The model.
+        predictors: The models, each with when it looks at crops, by name in the rows.
         folder: The images and masks.
         dataset: Name in the rows.
         split: Name in the rows.
-        variant: Name of the model in the rows.
         limit: At most this many images.
         seed: Which images a limit leaves, as `evaluate_resolution` takes it.
 
     Returns:
-        Five rows: the box itself as mask, the ellipse in it, the answer to the box, the answer
-        to the point, and the best of the three answers to the point ("oracle").
+        Two rows of baselines (the box itself as mask, the ellipse in it), and three a model: the
+        answer to the box, the answer to the point, and the best of what that was chosen from.
     """
     scores: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
 
@@ -138,24 +138,22 @@ def evaluate_prompts(
     for index in _chosen(folder, limit, seed):
         scene = folder.scene(index)
         wanted = _masks(scene)
+        size_hw = (scene.image.shape[0], scene.image.shape[1])
         boxes = [tight_box(mask) for mask in wanted]
-        embedding = predictor.embed(scene.image)
-        by_box = [_by_box(box) for box in boxes]
-        by_point = [_by_point(center_point(mask)) for mask in wanted]
-        for mask, box, answer in zip(
-            wanted, boxes, _decode(predictor, embedding, by_box), strict=True
-        ):
-            size_hw = (mask.shape[0], mask.shape[1])
+        for mask, box in zip(wanted, boxes, strict=True):
             add("rectangle", "box", rectangle_mask(box, size_hw), mask, float("nan"))
             add("ellipse", "box", ellipse_in_box(box, size_hw), mask, float("nan"))
-            add(variant, "box", answer.masks[0], mask, float(answer.iou_predictions[0]))
-        for mask, prompt, answer in zip(
-            wanted, by_point, _decode(predictor, embedding, by_point), strict=True
-        ):
-            shown = answer.best(prompt)
-            best = int(np.argmax([iou(m, mask) for m in answer.masks]))
-            for name, pick in (("point", shown), ("point oracle", best)):
-                add(variant, name, answer.masks[pick], mask, float(answer.iou_predictions[pick]))
+        for name, (predictor, crops) in predictors.items():
+            embed = lru_cache(maxsize=None)(partial(_embed, predictor, scene.image))
+            ask = partial(answer_prompts, predictor, image_hw=size_hw, embed=embed, crops=crops)
+            for mask, answer in zip(wanted, ask([_by_box(box) for box in boxes]), strict=True):
+                add(name, "box", answer.mask, mask, answer.iou_prediction)
+            points = [_by_point(center_point(mask)) for mask in wanted]
+            for mask, answer in zip(wanted, ask(points), strict=True):
+                best = int(np.argmax([iou(one, mask) for one in answer.candidates.masks]))
+                oracle = replace(answer, chosen=best)
+                add(name, "point", answer.mask, mask, answer.iou_prediction)
+                add(name, "point oracle", oracle.mask, mask, oracle.iou_prediction)
     rows = []
     for (name, kind), values in scores.items():
         mean = np.mean(values, axis=0)
@@ -297,6 +295,10 @@ def _masks(scene: Scene) -> list[NDArray[np.bool_]]:
     return [mask for mask in masks if mask.any()]
 
 
+def _embed(predictor: Predictor, image: NDArray[np.uint8], crop: Crop | None) -> Embedding:
+    return predictor.embed(image, crop=crop)
+
+
 def _by_box(box: NDArray[Any]) -> ObjectPrompt:
     return ObjectPrompt(
         point_coords=np.zeros((0, 2)), point_labels=np.zeros(0, np.int64), box_xyxy=box
@@ -342,11 +344,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = {"dataset": options.data.name, "split": options.split}
     rows: list[Row] | list[ResolutionRow]
     if options.table == "prompts":
+        side = sam.image_encoder.img_size
+        served = Predictor(
+            sam, ba_sam=DEFAULT_BA_SAM, policy=default_policy(side), precision="auto"
+        )
         rows = evaluate_prompts(
-            Predictor(sam),
+            {model: (Predictor(sam), None), f"{model} as served": (served, default_crops(side))},
             folder,
             **names,
-            variant=model,
             limit=options.limit,
             seed=options.seed,
         )

@@ -19,6 +19,7 @@ from sam_ext.evaluate import (
     tight_box,
 )
 from sam_ext.image_encoder import encode_image
+from sam_ext.interactive import CropPolicy, answer_prompts
 from sam_ext.metrics import boundary_iou, iou, rectangle_mask
 from sam_ext.predictor import Embedding, ObjectPrompt, Predictor
 from sam_ext.training.data import CocoFolder
@@ -69,7 +70,10 @@ def test_the_centre_lies_farthest_from_the_outline_and_the_image_border():
 def test_rows_hold_the_means_of_what_the_predictor_answers(small_sam, folder):
     predictor = Predictor(small_sam)
     rows = evaluate_prompts(
-        predictor, CocoFolder(folder, splits=("test",)), dataset="set", split="test", variant="s"
+        {"s": (predictor, None)},
+        CocoFolder(folder, splits=("test",)),
+        dataset="set",
+        split="test",
     )
     table = {(row.variant, row.prompt): row for row in rows}
     assert set(table) == {
@@ -97,6 +101,34 @@ def test_rows_hold_the_means_of_what_the_predictor_answers(small_sam, folder):
     assert table["s", "point oracle"].miou >= table["s", "point"].miou
 
 
+def test_a_model_that_looks_at_crops_is_measured_as_it_answers(small_sam, tmp_path):
+    small = np.zeros((60, 200), bool)
+    small[20:34, 90:110] = True
+    folder = CocoFolder(write_folder(tmp_path / "wide", [small], ("test",)), splits=("test",))
+    predictor = Predictor(small_sam)
+    crops = CropPolicy(min_object_px=30, context=2, min_side=32)
+    rows = evaluate_prompts(
+        {"s": (predictor, None), "cropped": (predictor, crops)},
+        folder,
+        dataset="wide",
+        split="test",
+    )
+    table = {(row.variant, row.prompt): row for row in rows}
+    prompt = ObjectPrompt(
+        point_coords=np.zeros((0, 2)), point_labels=np.zeros(0, int), box_xyxy=tight_box(small)
+    )
+    [cropped] = answer_prompts(
+        predictor,
+        [prompt],
+        image_hw=(60, 200),
+        embed=lambda crop: predictor.embed(image_of(small), crop=crop),
+        crops=crops,
+    )
+    assert cropped.crop is not None
+    assert table["cropped", "box"].miou == pytest.approx(iou(cropped.mask, small), abs=1e-4)
+    assert table["cropped", "box"].miou != table["s", "box"].miou
+
+
 def test_the_command_measures_a_checkpoint_and_writes_its_rows(small_sam, folder, tmp_path, capsys):
     checkpoint, out = tmp_path / "small.safetensors", tmp_path / "rows.json"
     save_checkpoint(small_sam, checkpoint)
@@ -105,6 +137,7 @@ def test_the_command_measures_a_checkpoint_and_writes_its_rows(small_sam, folder
     rows = json.loads(out.read_text())
     assert {row["prompt"] for row in rows} == {"box", "point", "point oracle"}
     assert {row["objects"] for row in rows} == {1}
+    assert {row["variant"] for row in rows} == {"rectangle", "ellipse", "small", "small as served"}
     assert "rectangle" in capsys.readouterr().out
 
 
