@@ -39,9 +39,11 @@ from ml_backend.errors import (
 )
 from ml_backend.images import ImageLoader
 from ml_backend.label_studio import LabelStudioClient
+from ml_backend.loading import load_predictor, open_store
 from ml_backend.model import SamBackend, Service, TrainingUnavailableError
+from ml_backend.prefetch import Prefetcher
 from ml_backend.settings import Settings
-from sam_ext.checkpoints import load_sam, resolve_device
+from sam_ext.interactive import default_crops
 from sam_ext.predictor import Predictor
 
 __all__ = ["Connections", "Manager", "create_app"]
@@ -81,25 +83,22 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
             f"({error.strerror}); create it for this user, or set another one"
         ) from error
     if predictor is None:
-        predictor = Predictor(
-            load_sam(
-                settings.sam_model,
-                weights_dir=settings.weights_dir,
-                device=resolve_device(settings.sam_device),
-                mirror_url=settings.sam_weights_url,
-                offline=settings.sam_offline,
-            )
-        )
+        predictor = load_predictor(settings)
     connections = Connections(settings)
+    engine = Engine(
+        predictor,
+        cache_bytes=settings.embedding_cache_bytes,
+        max_waiting=settings.max_waiting,
+        store=open_store(settings),
+        crops=default_crops(predictor.image_size) if settings.sam_crops else None,
+        automatic_options=_AUTOMATIC_OPTIONS.get(settings.sam_model),
+    )
     service = Service(
         settings=settings,
-        engine=Engine(
-            predictor,
-            cache_bytes=settings.embedding_cache_bytes,
-            max_waiting=settings.max_waiting,
-            automatic_options=_AUTOMATIC_OPTIONS.get(settings.sam_model),
-        ),
-        images=ImageLoader(settings, connections.client_for),
+        engine=engine,
+        images=ImageLoader(settings, connections.client_for, known_size=engine.known_size),
+        client_for=connections.client_for,
+        prefetcher=Prefetcher(engine) if settings.sam_prefetch else None,
     )
 
     app = Flask(__name__, static_folder=None)

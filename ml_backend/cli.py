@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_NICENESS = 10  # of what annotators must not notice beside the service
 _GRACEFUL_TIMEOUT_S = 30  # for predictions under way when the service is stopped
 
 UrlOption = Annotated[
@@ -58,6 +59,13 @@ def _errors_as_one_sentence() -> Iterator[None]:
     except (BackendError, SamExtError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _address_and_token(url: str | None, token: str | None) -> tuple[str, str]:
+    if url is None or token is None:
+        missing = "--url" if url is None else "--token"
+        raise typer.BadParameter(f"{missing} is needed, or its environment variable")
+    return url, token
 
 
 @app.command()
@@ -116,11 +124,9 @@ def connect(
     """Connect the backend to a Label Studio project, for interactive use."""
     from ml_backend import connect as connecting
 
+    url, token = _address_and_token(url, token)
     with _errors_as_one_sentence():
         settings = load_settings()
-        if url is None or token is None:
-            missing = "--url" if url is None else "--token"
-            raise typer.BadParameter(f"{missing} is needed, or its environment variable")
         client = connecting.ProjectClient(url, token)
         backend = connecting.connect(
             client,
@@ -133,6 +139,48 @@ def connect(
         f"{backend['title']} at {backend['url']} is connected to project {project} "
         f"({backend['model_version']}), for interactive use."
     )
+
+
+@app.command()
+def warm(
+    project: Annotated[int, typer.Option("--project", help="The number in the project's address.")],
+    url: UrlOption = None,
+    token: TokenOption = None,
+) -> None:
+    """Embed all images of a project ahead of its annotators; resumes, and lists what failed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from ml_backend.label_studio import LabelStudioClient
+    from ml_backend.loading import load_predictor, open_store
+    from ml_backend.warm import warm_project
+
+    url, token = _address_and_token(url, token)
+    os.nice(_NICENESS)
+    columns = ("Embedding", BarColumn(), MofNCompleteColumn(), "tasks", TimeRemainingColumn())
+    with _errors_as_one_sentence(), Progress(*columns) as bars:
+        settings = load_settings()
+        bar = bars.add_task("warm", total=None)
+        report = warm_project(
+            LabelStudioClient(url, token),
+            project,
+            settings=settings,
+            predictor=load_predictor(settings),
+            store=open_store(settings),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    typer.echo(
+        f"{report.embedded} embedded, {report.already_there} were there, "
+        f"{len(report.failures)} failed"
+    )
+    for failure in report.failures:
+        typer.echo(failure, err=True)
+    if report.nbytes > settings.embedding_disk_bytes:
+        typer.echo(
+            f"EMBEDDING_DISK_BYTES must be at least {report.nbytes} to hold this project, got "
+            f"{settings.embedding_disk_bytes}: the first ones are gone again",
+            err=True,
+        )
+    raise typer.Exit(1 if report.failures else 0)
 
 
 @app.command()

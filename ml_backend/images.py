@@ -130,16 +130,23 @@ class ImageLoader:
     """
 
     def __init__(
-        self, settings: Settings, client_for: Callable[[Task], LabelStudioClient | None]
+        self,
+        settings: Settings,
+        client_for: Callable[[Task], LabelStudioClient | None],
+        *,
+        known_size: Callable[[str], tuple[int, int] | None] = lambda _: None,
     ) -> None:
         """Make a loader.
 
         Args:
             settings: The limits, the cache's folder, the hosts that may be asked.
             client_for: Gives the Label Studio that a task came from, or None if it is not known.
+            known_size: Gives the size (H, W) of an image that was decoded before, by the SHA-256 of
+                its file, so that it need not be decoded for that; None if it is not known.
         """
         self._settings = settings
         self._client_for = client_for
+        self._known_size = known_size
         self._files = _FileCache(settings.images_dir, max_bytes=settings.image_cache_bytes)
         self._lock = threading.Lock()
         self._running: dict[str, Future[LoadedImage]] = {}
@@ -316,6 +323,7 @@ class ImageLoader:
 
         with self._lock:
             size_hw = self._sizes.get(content_hash)
+        size_hw = size_hw or self._known_size(content_hash)
         pixels: Pixels | Callable[[], Pixels] = decode
         if size_hw is None:
             pixels = decode()

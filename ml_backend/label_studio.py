@@ -224,6 +224,30 @@ class LabelStudioClient:
             path = f"/api/projects/{project_id}/import"
             return self._call("POST", path, files=files, timeout=_IMPORT_TIMEOUT_S)
 
+    def list_tasks(
+        self, project_id: int, *, after: int = 0, limit: int = 100
+    ) -> list[dict[str, Any]]:
+        """A project's tasks by their ids, each with `id` and `data` as /predict has it.
+
+        Args:
+            project_id: The project.
+            after: Only tasks with a larger id.
+            limit: At most so many.
+        """
+        item = {"filter": "filter:tasks:id", "operator": "greater", "type": "Number"}
+        filters = {"conjunction": "and", "items": [item | {"value": after}]}
+        params = {
+            "project": project_id,
+            "page_size": limit,
+            "query": json.dumps({"filters": filters, "ordering": ["tasks:id"]}),
+            # `s3://…` stays as it is; it is opened by the task's id.
+            "resolve_uri": "false",
+            # Otherwise some projects have the tasks predicted first: by this backend.
+            "review": "true",
+        }
+        tasks: list[dict[str, Any]] = self._call("GET", "/api/tasks/", params=params)["tasks"]
+        return tasks
+
     def connect_backend(
         self,
         project_id: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeAlias
@@ -23,10 +24,13 @@ from ml_backend.engine import Engine
 from ml_backend.errors import BackendError, BadRequestError, ImageAddressError, OverloadedError
 from ml_backend.images import ImageLoader, LoadedImage
 from ml_backend.label_config import LabelConfig, parse_label_config
+from ml_backend.label_studio import LabelStudioClient
+from ml_backend.lanes import Priority
+from ml_backend.prefetch import Prefetcher
 from ml_backend.settings import Settings
 from sam_ext.config import MODELS
 from sam_ext.errors import PromptError
-from sam_ext.predictor import Embedding, ObjectPrompt
+from sam_ext.predictor import ObjectPrompt
 
 __all__ = ["SamBackend", "Service", "TrainingUnavailableError"]
 
@@ -63,6 +67,9 @@ class Service:
     settings: Settings
     engine: Engine
     images: ImageLoader
+    client_for: Callable[[Task], LabelStudioClient | None]
+    """Gives the Label Studio that a task came from, by the task's `project`."""
+    prefetcher: Prefetcher | None = None
 
     @property
     def model_version(self) -> str:
@@ -70,6 +77,12 @@ class Service:
         model = self.settings.sam_model
         name = model if model in MODELS else Path(model).stem
         return f"{_OWN_PREFIX}{name}-{self.engine.predictor.fingerprint[:8]}"
+
+    def close(self) -> None:
+        """End all threads; what runs for an annotator is finished."""
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+        self.engine.close()
 
 
 class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml has no types
@@ -133,7 +146,8 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             return objects_from_regions(regions, self._config, size_hw=size_hw)
 
         with self._service.engine.admitted():
-            return [self._prediction(self._answer(tasks[0], read)) or {"result": []}]
+            regions = self._answer(tasks[0], read, Priority.DRAWING)
+        return [self._prediction(regions) or {"result": []}]
 
     def fit(self, tasks: Sequence[Task], workdir: str | None = None, **_params: Any) -> None:
         """Refuse: there is no training in this version.
@@ -158,7 +172,31 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
                 failures.append(error)
         if failures and len(failures) == len(tasks):
             raise failures[0]
+        if len(tasks) == 1:  # so does a page that opens a task
+            self._prefetch(tasks[0])
         return predictions
+
+    def _prefetch(self, task: Task) -> None:
+        prefetcher = self._service.prefetcher
+        if prefetcher is not None:
+            prefetcher.open(
+                self._project or "",
+                own=partial(self._images_of, task),
+                following=partial(self._images_after, task),
+            )
+
+    def _images_of(self, task: Task) -> Iterator[Callable[[], LoadedImage]]:
+        for tag in self._config.images:
+            yield partial(self._load, task, tag.name, None)
+
+    def _images_after(self, task: Task) -> Iterator[Callable[[], LoadedImage]]:
+        number, task_id = (self._project or "").partition(".")[0], task.get("id")
+        client = self._service.client_for({"project": self._project})
+        if client is None or not number.isdecimal() or not isinstance(task_id, int):
+            return
+        limit = self._service.settings.sam_prefetch
+        for following in client.list_tasks(int(number), after=task_id, limit=limit):
+            yield from self._images_of(following)
 
     def _batch_answer(self, task: Task) -> list[Region]:
         for where, stored in _stored(task):
@@ -170,13 +208,13 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
 
             if read(_ANY_SIZE):
                 with self._service.engine.admitted():
-                    return self._answer(task, read)
+                    return self._answer(task, read, Priority.BATCH)
         if self._service.settings.sam_automatic:
             with self._service.engine.admitted():
                 return self._automatic_answer(task)
         return []
 
-    def _answer(self, task: Task, read: _Reader) -> list[Region]:
+    def _answer(self, task: Task, read: _Reader, priority: Priority) -> list[Region]:
         """Answer the objects that `read` finds, once it knows each image's size."""
         regions: list[Region] = []
         places = dict.fromkeys((one.image_name, one.item_index) for one in read(_ANY_SIZE))
@@ -187,10 +225,12 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
                 for one in read(image.size_hw)
                 if (one.image_name, one.item_index) == (image_name, item_index)
             ]
-            regions += self._regions(objects, self._service.engine.embed(image))
+            regions += self._regions(objects, image, priority)
         return regions
 
-    def _regions(self, objects: Sequence[PromptedObject], embedding: Embedding) -> list[Region]:
+    def _regions(
+        self, objects: Sequence[PromptedObject], image: LoadedImage, priority: Priority
+    ) -> list[Region]:
         regions: list[Region] = []
         for start in range(0, len(objects), _OBJECTS_AT_ONCE):
             part = objects[start : start + _OBJECTS_AT_ONCE]
@@ -203,17 +243,16 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
                     )
                     for one in part
                 ]
-                answers = self._service.engine.masks(embedding, prompts)
+                answers = self._service.engine.answer(image, prompts, priority=priority)
             except PromptError as error:
                 raise BadRequestError(f"the drawing is no prompt: {error}") from error
-            for one, prompt, answer in zip(part, prompts, answers, strict=True):
-                best = answer.best(prompt)
+            for one, answer in zip(part, answers, strict=True):
                 regions += self._regions_of(
-                    answer.masks[best],
+                    answer.mask,
                     image_name=one.image_name,
                     item_index=one.item_index,
                     labels=one.labels,
-                    score=float(answer.iou_predictions[best]),
+                    score=answer.iou_prediction,
                 )
         return regions
 
@@ -221,7 +260,7 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
         regions: list[Region] = []
         for tag in self._config.images:
             image = self._load(task, tag.name, None)
-            embedding = self._service.engine.embed(image)
+            embedding = self._service.engine.embed(image, priority=Priority.BATCH)
             for found in self._service.engine.automatic_masks(embedding):
                 regions += self._regions_of(
                     found.mask, image_name=tag.name, score=found.iou_prediction

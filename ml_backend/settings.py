@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -21,11 +22,15 @@ from pydantic_core import ErrorDetails
 
 from ml_backend.errors import SettingsError
 
-__all__ = ["Output", "Settings", "load_settings"]
+__all__ = ["Output", "Precision", "Settings", "load_settings"]
 
 Output = Literal["brush", "polygon", "rectangle"]
+Precision = Literal["auto", "bf16", "fp32"]
 
 _THREADS_KEPT_FREE = 4
+_RESOLUTION = re.compile(
+    r"auto|square|native(:([1-9]\d{0,4})-([1-9]\d{0,4}))?|budget(:[1-9]\d{0,5})?"
+)
 
 
 class Settings(BaseModel):
@@ -47,6 +52,18 @@ class Settings(BaseModel):
     """A mirror: `<url>/<file name>` replaces the published address; size and hash still checked."""
     sam_offline: bool = False
     """Never download: a checkpoint that is not in `DATA_DIR/weights` is a start-up error."""
+    sam_resolution: str = "auto"
+    """At which size images are encoded. `auto`: what suits the model. `square`: SAM's own. `native`
+    or `native:MIN-MAX`: the image's size, its long side clamped to so many pixels. `budget` or
+    `budget:N`: as large as N tokens of 16 x 16 px allow, by default those of training."""
+    sam_ba_sam: bool = True
+    """Keep the attention's habits at sizes that the model was not trained at (BA-SAM)."""
+    sam_precision: Precision = "auto"
+    """Of the encoder: `bf16`, `fp32`, or `auto`, bf16 where the processor or GPU does it well."""
+    sam_crops: bool = True
+    """Look at small objects in a crop of the image, embedded for itself."""
+    sam_prefetch: int = Field(default=2, ge=0)
+    """When a task is opened, embed its image and those of so many next tasks; 0: none at all."""
     sam_output: tuple[Output, ...] | None = None
     """Which regions to return, as `brush,polygon`; unset: all that the labelling config has."""
     sam_automatic: bool = False
@@ -77,6 +94,8 @@ class Settings(BaseModel):
     """Bound of `DATA_DIR/images`, the cache of fetched files."""
     embedding_cache_bytes: int = Field(default=512 * 2**20, ge=0)
     """Bound of the embeddings kept in memory."""
+    embedding_disk_bytes: int = Field(default=8 * 2**30, ge=0)
+    """Bound of `DATA_DIR/embeddings`, where they outlive the process; 0: they do not."""
 
     host: str = "0.0.0.0"
     port: int = Field(default=9090, ge=1, le=65535)
@@ -101,6 +120,17 @@ class Settings(BaseModel):
             raise ValueError(
                 f"{str(info.field_name).upper()} must be an address such as "
                 f"http://label-studio:8080, got {value!r}"
+            )
+        return value
+
+    @field_validator("sam_resolution")
+    @classmethod
+    def _check_resolution(cls, value: str) -> str:
+        match = _RESOLUTION.fullmatch(value)
+        if match is None or int(match[2] or 0) > int(match[3] or 0):
+            raise ValueError(
+                "SAM_RESOLUTION must be auto, square, native, native:MIN-MAX, budget or budget:N, "
+                f"such as native:512-2048, got {value!r}"
             )
         return value
 
@@ -137,6 +167,11 @@ class Settings(BaseModel):
     def images_dir(self) -> Path:
         """Where fetched image files are kept; deleting it loses nothing."""
         return self.data_dir / "images"
+
+    @property
+    def embeddings_dir(self) -> Path:
+        """Where embeddings are kept; deleting it loses nothing but time."""
+        return self.data_dir / "embeddings"
 
     @property
     def connections_dir(self) -> Path:

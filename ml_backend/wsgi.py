@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 
 import torch
@@ -33,7 +34,10 @@ def application() -> Flask:
             logging.getLogger(package).setLevel(settings.log_level.upper())
         # torch takes all cores (or OMP_NUM_THREADS), and every worker has a torch.
         torch.set_num_threads(max(1, torch.get_num_threads() // settings.workers))
-        return create_app(settings)
+        app = create_app(settings)
     except (BackendError, SamExtError) as error:
         _log.critical("the backend cannot start: %s", error)
         raise SystemExit(_WORKER_BOOT_ERROR) from None
+    # Otherwise an encode that nobody waits for would be cut off in the middle of a native call.
+    atexit.register(app.extensions["ml_backend"].service.close)
+    return app

@@ -150,6 +150,7 @@ class FakeLabelStudio(Server):
         self.presigned: dict[str, str] = {}
         """Cloud URI -> the URL that it is redirected to."""
         self.projects: list[dict[str, Any]] = []
+        self.tasks: list[dict[str, Any]] = []
         self.backends: list[dict[str, Any]] = []
         self.webhooks: list[dict[str, Any]] = []
 
@@ -210,6 +211,8 @@ class FakeLabelStudio(Server):
                     if line.startswith(b"Content-Disposition")
                 }
                 return json_answer({"task_count": len(names)}, 201)
+            case "GET", ["tasks"]:
+                return self._tasks({name: values[0] for name, values in request.query.items()})
             case "GET", ["ml"]:
                 return json_answer(
                     [
@@ -234,3 +237,18 @@ class FakeLabelStudio(Server):
                 self.webhooks[int(webhook_id) - 1] |= body
                 return json_answer(self.webhooks[int(webhook_id) - 1])
         return json_answer({"detail": "Not found."}, 404)
+
+    def _tasks(self, asked: dict[str, str]) -> Answer:
+        """As the data manager's list answers to the one filter that is used."""
+        # With these, it asks no backend for predictions, and leaves cloud addresses alone.
+        assert (asked["review"], asked["resolve_uri"]) == ("true", "false")
+        query = json.loads(asked["query"])
+        (item,) = query["filters"]["items"]
+        assert (item["filter"], item["operator"]) == ("filter:tasks:id", "greater")
+        assert query["ordering"] == ["tasks:id"]
+        rows = [
+            row
+            for row in sorted(self.tasks, key=lambda row: row["id"])
+            if row["project"] == int(asked["project"]) and row["id"] > item["value"]
+        ]
+        return json_answer({"total": len(rows), "tasks": rows[: int(asked["page_size"])]})

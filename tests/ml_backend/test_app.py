@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import stat
+import threading
+import time
 from pathlib import Path
 
 import label_studio_ml.api
@@ -17,6 +19,7 @@ import ml_backend
 from ml_backend.app import create_app
 from ml_backend.errors import SettingsError
 from ml_backend.settings import Settings
+from sam_ext.interactive import answer_prompts, default_crops
 from sam_ext.predictor import ObjectPrompt, Predictor
 from tests.conftest import build_small_sam
 from tests.ml_backend.backend import (
@@ -56,7 +59,7 @@ def make_client(tmp_path, predictor, label_studio):
 
     yield make
     for app in apps:
-        app.extensions["ml_backend"].service.engine.close()
+        app.extensions["ml_backend"].service.close()
 
 
 @pytest.fixture
@@ -129,14 +132,19 @@ def test_a_recorded_drawing_is_answered_with_the_masks_of_its_prompts(
     (prediction,) = predicted(client, request)
 
     prompts = prompts_of(request)
-    embedding = predictor.embed(shown(request["tasks"][0]["data"]["image"]))
-    answers = predictor.decode(embedding, prompts)
-    best = [answer.best(prompt) for answer, prompt in zip(answers, prompts, strict=True)]
-    height, width = embedding.original_size
+    pixels = shown(request["tasks"][0]["data"]["image"])
+    height, width = pixels.shape[:2]
+    answers = answer_prompts(
+        predictor,
+        prompts,
+        image_hw=(height, width),
+        embed=lambda crop: predictor.embed(pixels, crop=crop),
+        crops=default_crops(predictor.image_size),
+    )
 
     assert len(prediction["result"]) == len(prompts)
-    for region, answer, index in zip(prediction["result"], answers, best, strict=True):
-        np.testing.assert_array_equal(mask_of(region), answer.masks[index])
+    for region, answer in zip(prediction["result"], answers, strict=True):
+        np.testing.assert_array_equal(mask_of(region), answer.mask)
         assert {k: v for k, v in region.items() if k not in ("id", "value")} == {
             "from_name": mask_tag(request),
             "to_name": "image",
@@ -145,7 +153,7 @@ def test_a_recorded_drawing_is_answered_with_the_masks_of_its_prompts(
             "original_width": width,
             "original_height": height,
             "image_rotation": 0,
-            "score": pytest.approx(np.clip(answer.iou_predictions[index], 0, 1)),
+            "score": pytest.approx(np.clip(answer.iou_prediction, 0, 1)),
         }
         assert region["value"]["brushlabels"] == [label]
     assert len({region["id"] for region in prediction["result"]}) == len(prompts)
@@ -205,6 +213,132 @@ def test_opening_tasks_without_prompts_stores_nothing_and_loads_no_image(client,
     assert predicted(client, payload("20")) == [[], []]
     assert predicted(client, payload("21")) == [[]] * len(payload("21")["tasks"])
     assert label_studio.requests == []
+
+
+class EncodeCounter(Predictor):
+    """Says the size of every image that it encodes."""
+
+    def __init__(self) -> None:
+        super().__init__(build_small_sam())
+        self.sizes: list[tuple[int, int]] = []
+
+    def embed(self, image, *, crop=None, pause=None):
+        self.sizes.append(image.shape[:2])
+        return super().embed(image, crop=crop, pause=pause)
+
+
+@pytest.fixture
+def opened(label_studio):
+    """The request with which the page opens a task, and five more tasks of that project."""
+    label_studio.legacy_tokens_enabled = True
+    request = payload("20")
+    (task, *_) = request["tasks"]
+    label_studio.tasks = [
+        {"id": task["id"] + i, "project": task["project"], "data": {"image": f"/data/{i}.png"}}
+        for i in range(6)
+    ]
+    for i in range(6):
+        body = encoded(random_image(i, size_hw=(40 + i, 56)))
+        label_studio.routes[f"/data/{i}.png"] = Answer(body)
+    return request | {"tasks": [task | {"data": {"image": "/data/0.png"}}]}
+
+
+def images_asked(label_studio) -> list[str]:
+    return [request.path for request in label_studio.requests if "/data/" in request.path]
+
+
+def test_opening_a_task_embeds_its_image_and_the_next_two_in_the_background(
+    make_client, label_studio, opened
+):
+    predictor = EncodeCounter()
+    client = make_client(
+        predictor, label_studio_url=label_studio.url, label_studio_api_key=LEGACY_TOKEN
+    )
+    assert predicted(client, opened) == [[]]
+    until(lambda: len(predictor.sizes) == 3)
+    assert predictor.sizes == [(40, 56), (41, 56), (42, 56)]
+
+    # A drawing on one of them encodes nothing any more.
+    drawing = payload("12")
+    drawing["project"] = opened["project"]
+    drawing["tasks"][0]["data"]["image"] = "/data/2.png"
+    (region,) = drawing["params"]["context"]["result"]
+    region["value"] |= {"x": 1.0, "y": 1.0, "width": 97.0, "height": 97.0}
+    assert predicted(client, drawing)[0]["result"]
+    assert len(predictor.sizes) == 3
+
+
+def test_after_a_restart_a_known_image_is_neither_decoded_nor_encoded(
+    make_client, label_studio, monkeypatch, tmp_path
+):
+    request = payload("10")
+    serve_images(label_studio, request)
+    settings = {"label_studio_url": label_studio.url, "label_studio_api_key": LEGACY_TOKEN}
+    before = predicted(make_client(sam_crops=False, **settings), request)
+    until(lambda: not all(p.name.startswith("new-") for p in (tmp_path / "embeddings").iterdir()))
+    predictor = EncodeCounter()
+    client = make_client(predictor, sam_crops=False, **settings)
+
+    def fail(*_arguments, **_options):
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr("ml_backend.images.decode_image", fail)
+    (after,) = predicted(client, request)
+    assert after["result"][0]["value"] == before[0]["result"][0]["value"]
+    assert predictor.sizes == []
+
+
+@pytest.mark.parametrize(("next_tasks", "images"), [(0, 0), (1, 2), (4, 5)])
+def test_how_many_next_tasks_is_a_setting_and_none_is_off(
+    make_client, label_studio, opened, next_tasks, images
+):
+    predictor = EncodeCounter()
+    client = make_client(
+        predictor,
+        label_studio_url=label_studio.url,
+        label_studio_api_key=LEGACY_TOKEN,
+        sam_prefetch=next_tasks,
+    )
+    assert predicted(client, opened) == [[]]
+    until(lambda: len(predictor.sizes) == images)
+    time.sleep(0.2)  # for more than that
+    assert len(predictor.sizes) == len(images_asked(label_studio)) == images
+
+
+def test_opening_a_task_answers_before_its_image_is_there(client, label_studio, opened):
+    go_on = threading.Event()
+
+    def slow(_request) -> Answer:
+        go_on.wait(20)
+        return Answer(status=404)
+
+    label_studio.routes["/data/0.png"] = slow
+    assert predicted(client, opened) == [[]]
+    go_on.set()
+
+
+def test_a_failing_prefetch_is_logged_and_never_shown(client, label_studio, opened, caplog):
+    label_studio.routes["/data/0.png"] = Answer(b"no picture")
+    label_studio.routes["/api/tasks/"] = Answer(status=500)
+    assert predicted(client, opened) == [[]]
+    until(lambda: caplog.text.count("prefetch: ") == 2)
+    assert "prefetch: decode: '/data/0.png' must be" in caplog.text
+    assert "/api/tasks/ must answer 2xx, got status 500" in caplog.text
+
+
+def test_a_task_of_a_label_studio_that_nobody_named_is_opened_too(make_client, caplog):
+    request = payload("20")
+    request["tasks"] = request["tasks"][:1]
+    client = make_client()
+    assert predicted(client, request) == [[]]
+    until(lambda: "prefetch: address: " in caplog.text)
+
+
+def until(holds) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def boxed(number: str = "12") -> list[dict]:
@@ -717,7 +851,7 @@ def test_metrics_count_the_answers(client):
 
 
 class BrokenPredictor(Predictor):
-    def embed(self, image):
+    def embed(self, image, **_options):
         raise RuntimeError("CUDA error: s3cret detail")
 
 

@@ -15,6 +15,8 @@ from ml_backend.cli import app, gunicorn_command
 from ml_backend.settings import Settings
 from sam_ext.checkpoints import save_checkpoint
 from tests.conftest import build_small_sam
+from tests.ml_backend.backend import encoded, random_image
+from tests.ml_backend.servers import Answer, FakeLabelStudio
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +54,7 @@ def test_an_ipv6_address_is_bracketed(tmp_path):
     assert "--bind=[::]:9090" in gunicorn_command(Settings(data_dir=tmp_path, host="::"))
 
 
-@pytest.mark.parametrize("command", ["serve", "connect", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["serve", "connect", "warm", "doctor", "demo"])
 def test_every_command_explains_itself(run, command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -80,8 +82,9 @@ def test_published_weights_that_may_not_be_downloaded_are_one_sentence(run, tmp_
         pytest.param(["--url", "http://127.0.0.1:1"], "--token", id="token"),
     ],
 )
-def test_connect_says_which_of_its_two_needs_is_missing(run, given, missing):
-    result = run("connect", "--project", "1", *given)
+@pytest.mark.parametrize("command", ["connect", "warm"])
+def test_it_says_which_of_its_two_needs_is_missing(run, command, given, missing):
+    result = run(command, "--project", "1", *given)
     assert result.exit_code == 2
     assert f"{missing} is needed, or its environment variable" in result.output
 
@@ -93,6 +96,40 @@ def test_connect_to_nobody_is_one_sentence(run):
     result = run("connect", "--project", "1", "--url", url, "--token", "x")
     assert result.exit_code == 1
     assert result.output.startswith(f"error: Label Studio must answer at {url}/api/ml/")
+
+
+@pytest.fixture
+def label_studio(monkeypatch):
+    monkeypatch.setattr(os, "nice", lambda _: 0)  # there is no way back
+    with FakeLabelStudio() as server:
+        config = '<View><Image name="image" value="$image"/></View>'
+        server.projects = [{"id": 1, "label_config": config, "task_number": 2}]
+        for number in (1, 2):
+            path = f"/data/upload/1/{number}.png"
+            server.routes[path] = Answer(encoded(random_image(number, size_hw=(40, 56))))
+            server.tasks.append({"id": number, "project": 1, "data": {"image": path}})
+        yield server
+
+
+def test_warm_says_what_came_of_it_and_fails_if_one_image_did(run, tmp_path, label_studio):
+    path = tmp_path / "small.safetensors"
+    save_checkpoint(build_small_sam(), path, metadata={})
+    variables = {"SAM_MODEL": str(path), "DATA_DIR": str(tmp_path)}
+    address = ("--url", label_studio.url, "--token", label_studio.personal_access_token)
+
+    result = run("warm", "--project", "1", *address, **variables)
+    assert result.exit_code == 0, result.output
+    assert "2/2" in result.output
+    assert "2 embedded, 0 were there, 0 failed" in result.output
+
+    label_studio.tasks[0]["data"]["image"] = "/data/upload/1/gone.png"
+    result = run("warm", "--project", "1", *address, **variables)
+    assert result.exit_code == 1
+    assert "0 embedded, 1 were there, 1 failed" in result.output
+    assert "task 1: fetch: '/data/upload/1/gone.png' must be" in result.output
+
+    result = run("warm", "--project", "1", *address, **variables, EMBEDDING_DISK_BYTES="20000")
+    assert "EMBEDDING_DISK_BYTES must be at least" not in result.output
 
 
 def test_the_doctor_shows_a_table_and_fails_when_something_does(run, tmp_path):

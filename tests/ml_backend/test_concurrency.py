@@ -21,11 +21,13 @@ import requests
 import torch
 
 from ml_backend.cli import gunicorn_command
+from ml_backend.loading import load_predictor
 from ml_backend.settings import load_settings
 from ml_backend.wsgi import application
-from sam_ext.checkpoints import load_sam, save_checkpoint
+from sam_ext.checkpoints import save_checkpoint
 from sam_ext.config import MODELS
-from sam_ext.predictor import ObjectPrompt, Predictor
+from sam_ext.interactive import answer_prompts, default_crops
+from sam_ext.predictor import ObjectPrompt
 from sam_ext.sam import build_sam
 from tests.conftest import build_small_sam
 from tests.ml_backend.backend import encoded, mask_of, payload, random_image, setup_body
@@ -123,6 +125,7 @@ def request_for(number: str, *, image: int, click: tuple[float, float]) -> dict[
     return body
 
 
+EXACT = {"SAM_PRECISION": "fp32", "SAM_DEVICE": "cpu"}
 PROJECTS = {"10": "brushlabels", "17": "polygonlabels"}
 RESTARTED = [(number, i % 4, CLICKS[i % 5]) for i in range(12) for number in PROJECTS]
 
@@ -138,12 +141,12 @@ class Restarted:
 def restarted(tmp_path_factory, small_model, label_studio) -> Iterator[Restarted]:
     """Two workers that no /setup has reached: both projects were set up with a process before."""
     data_dir = tmp_path_factory.mktemp("data")
-    with gunicorn(data_dir, small_model) as server:
+    with gunicorn(data_dir, small_model, **EXACT) as server:
         for number in PROJECTS:
             body = setup_body(payload(number), label_studio.url)
             assert server.post("/setup", body).status_code == 200
     with (
-        gunicorn(data_dir, small_model, WORKERS="2") as server,
+        gunicorn(data_dir, small_model, WORKERS="2", **EXACT) as server,
         ThreadPoolExecutor(6) as pool,
     ):
         bodies = [request_for(one, image=image, click=click) for one, image, click in RESTARTED]
@@ -182,16 +185,21 @@ def test_200_drawings_at_once_on_four_images_are_all_answered_for_their_own_imag
 
 def expected_masks(model: Path) -> dict[tuple[int, tuple[float, float]], np.ndarray]:
     """The right answer for each image and click, by the model alone."""
-    predictor = Predictor(load_sam(str(model), weights_dir=model.parent))
+    predictor = load_predictor(load_settings({"SAM_MODEL": str(model), **EXACT}))
     masks = {}
     for image, (height, width) in enumerate(SIZES_HW):
         pixels = np.asarray(random_image(image, size_hw=(height, width)))
-        embedding = predictor.embed(pixels)
         for click in CLICKS:
             xy = np.array(click) / 100 * (width, height)
             prompt = ObjectPrompt(point_coords=xy[None], point_labels=np.array([1]))
-            (answer,) = predictor.decode(embedding, [prompt])
-            masks[image, click] = answer.masks[answer.best(prompt)]
+            (answer,) = answer_prompts(
+                predictor,
+                [prompt],
+                image_hw=(height, width),
+                embed=lambda crop, pixels=pixels: predictor.embed(pixels, crop=crop),
+                crops=default_crops(predictor.image_size),
+            )
+            masks[image, click] = answer.mask
     return masks
 
 
@@ -343,5 +351,5 @@ def test_the_workers_share_torchs_threads(tmp_path, small_model, monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     torch.set_num_threads(5)
-    application().extensions["ml_backend"].service.engine.close()
+    application().extensions["ml_backend"].service.close()
     assert torch.get_num_threads() == 2

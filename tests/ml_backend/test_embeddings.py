@@ -1,123 +1,263 @@
-import threading
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from ml_backend.embeddings import EmbeddingCache, EmbeddingKey
-from sam_ext.predictor import Embedding
+from ml_backend.embeddings import EmbeddingCache, EmbeddingKey, EmbeddingStore
+from sam_ext.predictor import Crop, Embedding
 
-WAIT_S = 10
+ROOT = Path(__file__).parents[2]
+SIDE = 8
+FILE_BYTES = 16_640
+"""About what `large` takes as a file."""
 
 
 def embedding(value: float = 0.0) -> Embedding:
     """One of 24 bytes."""
     return Embedding(
-        image_embeddings=torch.full((1, 1, 2, 3), value), original_size=(2, 3), input_size=(2, 3)
+        image_embeddings=torch.full((1, 1, 2, 3), value),
+        original_size=(2, 3),
+        input_size=(2, 3),
+        padded_size=(2, 3),
     )
 
 
-def key(name: str, fingerprint: str = "weights") -> EmbeddingKey:
-    return EmbeddingKey(name, fingerprint)
+def large(seed: int, dtype: torch.dtype = torch.float32, crop: Crop | None = None) -> Embedding:
+    """One as the encoder makes it: 64 channels, the channels of a token side by side."""
+    numbers = torch.randn((1, 8, SIDE, 64), generator=torch.Generator().manual_seed(seed))
+    return Embedding(
+        image_embeddings=numbers.to(dtype).permute(0, 3, 1, 2),
+        original_size=(75, 60),
+        input_size=(128, 102),
+        padded_size=(128, 112),
+        crop=crop,
+    )
 
 
-def test_computes_once_and_then_remembers():
-    cache, made = EmbeddingCache(100), []
-
-    def compute() -> Embedding:
-        made.append(embedding())
-        return made[-1]
-
-    answers = [cache.get_or_compute(key("a"), compute) for _ in range(3)]
-    assert len(made) == 1
-    assert all(answer is made[0] for answer in answers)
+def key(name: str, fingerprint: str = "weights", crop: Crop | None = None) -> EmbeddingKey:
+    return EmbeddingKey(name, fingerprint, crop)
 
 
-def test_the_same_image_under_other_weights_is_another_entry():
-    cache = EmbeddingCache(100)
-    first = cache.get_or_compute(key("a", "old"), embedding)
-    assert cache.get_or_compute(key("a", "new"), embedding) is not first
+def test_the_cache_remembers():
+    cache, kept = EmbeddingCache(100), embedding()
+    assert cache.get(key("a")) is None
+    cache.put(key("a"), kept)
+    assert cache.get(key("a")) is kept
 
 
-def test_drops_what_was_used_longest_ago():
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(key("a", "others"), id="other-weights"),
+        pytest.param(key("a", crop=Crop(0, 0, 2, 2)), id="a-crop-of-it"),
+        pytest.param(key("b"), id="another-image"),
+    ],
+)
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_another_key_is_another_entry(tmp_path, other, on_disk):
+    if on_disk:
+        store = EmbeddingStore(tmp_path, max_bytes=10**6)
+        store.write(key("a"), embedding())
+        assert (store.read(key("a")) is None, store.read(other) is None) == (False, True)
+        assert (key("a") in store, other in store) == (True, False)
+    else:
+        cache = EmbeddingCache(100)
+        cache.put(key("a"), embedding())
+        assert cache.get(other) is None
+
+
+def test_the_cache_drops_what_was_used_longest_ago():
     cache = EmbeddingCache(2 * 24)
-    for name in ("a", "b", "a", "c"):
-        cache.get_or_compute(key(name), embedding)
+    for name in ("a", "b"):
+        cache.put(key(name), embedding())
+    cache.get(key("a"))
+    cache.put(key("c"), embedding())
     assert [key(name) in cache for name in ("a", "b", "c")] == [True, False, True]
     assert cache.nbytes == 2 * 24
 
 
+def test_the_cache_counts_what_is_put_twice_once():
+    cache = EmbeddingCache(2 * 24)
+    for value in (1.0, 2.0):
+        cache.put(key("a"), embedding(value))
+    assert cache.nbytes == 24
+    assert cache.get(key("a")).image_embeddings.max() == 2.0
+
+
 @pytest.mark.parametrize("max_bytes", [0, 23])
-def test_what_is_larger_than_the_cache_is_handed_out_and_not_kept(max_bytes):
+def test_what_is_larger_than_the_cache_is_not_kept(max_bytes):
     cache = EmbeddingCache(max_bytes)
-    assert cache.get_or_compute(key("a"), embedding).nbytes == 24
+    cache.put(key("a"), embedding())
     assert key("a") not in cache
     assert cache.nbytes == 0
 
 
-def ask_together(cache: EmbeddingCache, compute, count: int) -> list[object]:
-    """Ask from several threads, the first of which is inside `compute` when the others ask."""
-    answers: list[object] = [None] * count
-    inside, go_on = threading.Event(), threading.Event()
-
-    def slow() -> Embedding:
-        inside.set()
-        assert go_on.wait(WAIT_S)
-        return compute()
-
-    def ask(index: int) -> None:
-        try:
-            answers[index] = cache.get_or_compute(key("a"), slow)
-        except ValueError as error:
-            answers[index] = error
-
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(count)]
-    threads[0].start()
-    assert inside.wait(WAIT_S)
-    for thread in threads[1:]:
-        thread.start()
-    go_on.set()
-    for thread in threads:
-        thread.join(WAIT_S)
-    return answers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("crop", [None, Crop(3, 5, 40, 50)])
+def test_what_is_read_is_what_was_written_to_the_last_bit(tmp_path, dtype, crop):
+    written = large(1, dtype, crop)
+    assert EmbeddingStore(tmp_path, max_bytes=10**6).write(key("a", crop=crop), written)
+    read = EmbeddingStore(tmp_path, max_bytes=10**6).read(key("a", crop=crop))
+    assert torch.equal(read.image_embeddings, written.image_embeddings)
+    # In memory too: kernels choose their order of summation by it.
+    assert read.image_embeddings.stride() == written.image_embeddings.stride()
+    assert read.image_embeddings.data_ptr() % 64 == 0
+    for name in ("original_size", "input_size", "padded_size", "crop"):
+        assert getattr(read, name) == getattr(written, name)
+    assert read.image_embeddings.dtype == dtype
 
 
-def test_many_who_ask_at_once_wait_for_one_computation():
-    made = []
-
-    def compute() -> Embedding:
-        made.append(embedding())
-        return made[-1]
-
-    answers = ask_together(EmbeddingCache(100), compute, count=8)
-    assert len(made) == 1
-    assert all(answer is made[0] for answer in answers)
+def only_file(folder: Path) -> Path:
+    (path,) = folder.iterdir()
+    return path
 
 
-def test_one_that_is_not_kept_is_still_given_to_all_who_wait():
-    answers = ask_together(EmbeddingCache(0), embedding, count=4)
-    assert all(isinstance(answer, Embedding) for answer in answers)
+def cut(data: bytes) -> bytes:
+    return data[:-1]
 
 
-def test_a_failure_goes_to_all_who_wait_and_is_forgotten():
-    cache = EmbeddingCache(100)
-    failure = ValueError("no picture")
-
-    def fail() -> Embedding:
-        raise failure
-
-    answers = ask_together(cache, fail, count=4)
-    assert all(isinstance(answer, ValueError) for answer in answers)
-    assert isinstance(cache.get_or_compute(key("a"), embedding), Embedding)
+def flip(place: int):
+    return lambda data: data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-def test_another_image_does_not_wait():
-    cache = EmbeddingCache(100)
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(cut, id="truncated"),
+        pytest.param(lambda _: b"", id="empty"),
+        pytest.param(lambda data: data + b"0", id="longer"),
+        pytest.param(flip(0), id="another-format"),
+        pytest.param(flip(20), id="checksum"),
+        pytest.param(flip(60), id="header"),
+        pytest.param(flip(-5), id="a-number"),
+    ],
+)
+def test_a_broken_entry_is_deleted_and_said_to_be_gone(tmp_path, caplog, spoil):
+    store = EmbeddingStore(tmp_path, max_bytes=10**6)
+    store.write(key("a"), large(1))
+    path = only_file(tmp_path)
+    path.write_bytes(spoil(path.read_bytes()))
+    assert store.read(key("a")) is None
+    assert not path.exists()
+    assert "damaged or foreign" in caplog.text
+    assert store.write(key("a"), large(1))
+    assert store.read(key("a")) is not None
 
-    def compute() -> Embedding:
-        cache.get_or_compute(key("b"), embedding)  # would wait for itself forever
-        return embedding()
 
-    thread = threading.Thread(target=cache.get_or_compute, args=(key("a"), compute), daemon=True)
-    thread.start()
-    thread.join(WAIT_S)
-    assert not thread.is_alive()
+def test_an_entry_under_another_entrys_name_is_not_served(tmp_path):
+    store = EmbeddingStore(tmp_path, max_bytes=10**6)
+    store.write(key("a"), large(1))
+    of_a = only_file(tmp_path)
+    store.write(key("b"), large(2))
+    (of_b,) = set(tmp_path.iterdir()) - {of_a}
+    of_a.replace(of_b)
+    assert store.read(key("b")) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_the_store_keeps_to_its_bound_and_drops_what_was_used_longest_ago(tmp_path):
+    store = EmbeddingStore(tmp_path, max_bytes=int(3.5 * FILE_BYTES))
+    for name in ("a", "b", "c"):
+        store.write(key(name), large(1))
+        assert bytes_in(tmp_path) <= 3.5 * FILE_BYTES
+        time.sleep(0.02)  # for the files' times
+    store.read(key("a"))
+    store.touch(key("c"))
+    store.write(key("d"), large(1))
+    assert [key(name) in store for name in ("a", "b", "c", "d")] == [True, False, True, True]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_bound_holds_over_many_writes_of_small_entries(tmp_path):
+    bound = 100 * FILE_BYTES
+    stores = [EmbeddingStore(tmp_path, max_bytes=bound) for _ in range(2)]  # as two workers
+    for index in range(260):
+        stores[index % 2].write(key(str(index)), large(1))
+        assert bytes_in(tmp_path) <= bound
+    assert bytes_in(tmp_path) > 0.85 * bound
+
+
+def test_what_is_larger_than_the_store_is_not_kept_and_nothing_goes_for_it(tmp_path):
+    store = EmbeddingStore(tmp_path, max_bytes=2000)
+    assert store.write(key("small"), embedding())
+    assert not store.write(key("large"), large(1))
+    assert key("small") in store
+
+
+def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
+    for name, age_s in (("new-old", 4000), ("new-young", 60)):
+        path = tmp_path / name
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age_s,) * 2)
+    EmbeddingStore(tmp_path, max_bytes=10**6).write(key("a"), embedding())
+    assert not (tmp_path / "new-old").exists()
+    assert (tmp_path / "new-young").exists()
+
+
+def test_a_disk_that_cannot_be_used_is_logged_once_and_costs_nothing_else(tmp_path, caplog):
+    folder = tmp_path / "embeddings"
+    folder.write_text("in the way")
+    store = EmbeddingStore(folder, max_bytes=10**6)
+    for _ in range(3):
+        assert not store.write(key("a"), embedding())
+        assert store.read(key("a")) is None
+        store.touch(key("a"))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"{folder} must be a folder that embeddings can be kept in" in record.message
+
+    folder.unlink()
+    assert store.write(key("a"), embedding())
+    assert store.read(key("a")) is not None
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, caplog, monkeypatch):
+    store = EmbeddingStore(tmp_path, max_bytes=10**6)
+
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert not store.write(key("a"), embedding())
+    assert list(tmp_path.iterdir()) == []
+    assert "No space left on device" in caplog.text
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from ml_backend.embeddings import EmbeddingStore
+from tests.ml_backend.test_embeddings import FILE_BYTES, key, large
+store, embedding = EmbeddingStore(Path(sys.argv[1]), max_bytes=6 * FILE_BYTES), large(1)
+moments = random.Random(0)
+for _ in range(40):
+    if (child := os.fork()) == 0:
+        while True:
+            for index in range(10):
+                store.write(key(str(index)), embedding)
+    time.sleep(moments.uniform(0.002, 0.03))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(any(name.startswith("new-") for name in os.listdir(sys.argv[1])))
+"""
+
+
+def test_a_process_killed_at_any_moment_leaves_nothing_broken(tmp_path, caplog):
+    command = [sys.executable, "-c", KILLED, tmp_path]
+    ended = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    assert "True" in ended.stdout  # in the middle of a file
+    store = EmbeddingStore(tmp_path, max_bytes=10**6)
+    found = [read for index in range(10) if (read := store.read(key(str(index)))) is not None]
+    assert found
+    for read in found:
+        assert torch.equal(read.image_embeddings, large(1).image_embeddings)
+    assert "damaged" not in caplog.text

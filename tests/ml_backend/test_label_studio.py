@@ -286,3 +286,16 @@ def test_a_refused_local_address_says_how_to_start_label_studio(label_studio, cl
 def test_a_cloud_uri_is_presigned_by_its_task():
     url = LabelStudioClient("http://ls/sub", None).presign_url(5, "s3://bucket/dir/x y.png")
     assert url == "http://ls/sub/tasks/5/presign/?fileuri=czM6Ly9idWNrZXQvZGlyL3ggeS5wbmc="
+
+
+def test_tasks_are_listed_by_their_ids(client, label_studio):
+    label_studio.tasks = [
+        {"id": number, "project": 3 if number != 7 else 4, "data": {"image": f"s3://b/{number}"}}
+        for number in (9, 5, 7, 6, 8)
+    ]
+    assert [task["id"] for task in client.list_tasks(3)] == [5, 6, 8, 9]
+    assert client.list_tasks(3, after=5, limit=2) == [
+        {"id": 6, "project": 3, "data": {"image": "s3://b/6"}},
+        {"id": 8, "project": 3, "data": {"image": "s3://b/8"}},
+    ]
+    assert client.list_tasks(3, after=9) == []

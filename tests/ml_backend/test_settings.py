@@ -35,6 +35,12 @@ def test_every_kind_of_value_is_read():
             "LABEL_STUDIO_API_KEY": "key",
             "BASIC_AUTH_USER": "user",
             "BASIC_AUTH_PASS": "pass",
+            "SAM_RESOLUTION": "native:512-2048",
+            "SAM_BA_SAM": "off",
+            "SAM_PRECISION": "fp32",
+            "SAM_CROPS": "off",
+            "SAM_PREFETCH": "0",
+            "EMBEDDING_DISK_BYTES": "0",
             "IMAGE_PRIVATE_HOSTS": "images:8000,10.0.0.7",
             "THREADS": "8",
             "LOG_LEVEL": "DEBUG",
@@ -50,17 +56,20 @@ def test_every_kind_of_value_is_read():
         label_studio_api_key="key",
         basic_auth_user="user",
         basic_auth_pass="pass",
+        sam_resolution="native:512-2048",
+        sam_ba_sam=False,
+        sam_precision="fp32",
+        sam_crops=False,
+        sam_prefetch=0,
+        embedding_disk_bytes=0,
         image_private_hosts=("images:8000", "10.0.0.7"),
         threads=8,
         log_level="debug",
     )
     assert settings.max_waiting == 4
-    folders = (settings.weights_dir, settings.images_dir, settings.connections_dir)
-    assert folders == (
-        Path("/var/sam/weights"),
-        Path("/var/sam/images"),
-        Path("/var/sam/connections"),
-    )
+    folders = ("weights", "images", "embeddings", "connections")
+    for name in folders:
+        assert getattr(settings, f"{name}_dir") == Path("/var/sam") / name
 
 
 def test_an_empty_variable_counts_as_not_set():
@@ -115,6 +124,18 @@ def test_secrets_are_not_shown():
             "LABEL_STUDIO_URL must be set where LABEL_STUDIO_API_KEY is, got nothing; set it to "
             "Label Studio's address as this process reaches it",
             id="a-token-that-would-go-to-any-host",
+        ),
+        pytest.param(
+            {"SAM_RESOLUTION": "native:2048-512"},
+            "SAM_RESOLUTION must be auto, square, native, native:MIN-MAX, budget or budget:N, such "
+            "as native:512-2048, got 'native:2048-512'",
+            id="a-range-that-is-none",
+        ),
+        pytest.param(
+            {"SAM_RESOLUTION": "budget:0"},
+            "SAM_RESOLUTION must be auto, square, native, native:MIN-MAX, budget or budget:N, such "
+            "as native:512-2048, got 'budget:0'",
+            id="no-tokens",
         ),
         pytest.param(
             {"BASIC_AUTH_USER": "user"},
