@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -24,6 +24,7 @@ from rich.table import Table
 from sam_ext.ba_sam import DEFAULT_BA_SAM, BaSamConfig
 from sam_ext.checkpoints import load_sam, resolve_device
 from sam_ext.errors import ConfigError
+from sam_ext.image_encoder import Precision
 from sam_ext.interactive import CropPolicy, answer_prompts, default_crops
 from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask
 from sam_ext.predictor import Crop, Embedding, ObjectMasks, ObjectPrompt, Predictor
@@ -192,6 +193,7 @@ def evaluate_resolution(
     factors: Sequence[float],
     limit: int | None = None,
     seed: int | None = None,
+    precision: Precision = "fp32",
 ) -> list[ResolutionRow]:
     """Encode images at several sizes, prompt every object by its tight box, compare.
 
@@ -207,6 +209,7 @@ def evaluate_resolution(
         factors: Long sides of the encoder's input, as multiples of the training side.
         limit: At most this many images.
         seed: Draws the images that a limit leaves; None takes the first.
+        precision: Of the encoder.
 
     Returns:
         A row for each factor and variant.
@@ -216,7 +219,9 @@ def evaluate_resolution(
         side = round(factor * sam.image_encoder.img_size)
         policy = ResolutionPolicy(mode="native", min_side=side, max_side=side)
         for name, ba_sam in variants.items():
-            predictors[factor, side, name] = Predictor(sam, ba_sam=ba_sam, policy=policy)
+            predictors[factor, side, name] = Predictor(
+                sam, ba_sam=ba_sam, policy=policy, precision=precision
+            )
     scores: dict[Any, list[tuple[float, float]]] = {key: [] for key in predictors}
     seconds: dict[Any, list[float]] = {key: [] for key in predictors}
     for index in _chosen(folder, limit, seed):
@@ -364,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             factors=options.sizes,
             limit=options.limit,
             seed=options.seed,
+            precision=options.precision,
         )
         if options.plot is not None:
             plot_resolution(rows, options.plot)
@@ -402,6 +408,9 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_BA_SAM.bias,
     )
     resolution.add_argument("--beta", type=float, default=DEFAULT_BA_SAM.beta)
+    resolution.add_argument(
+        "--precision", choices=get_args(Precision), default="auto", help="of the encoder"
+    )
     resolution.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table, too")
     return parser
 

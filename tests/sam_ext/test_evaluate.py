@@ -239,7 +239,8 @@ def test_the_resolution_command_writes_its_rows_and_draws_them(small_sam, folder
     )
     save_checkpoint(small_sam, checkpoint)
     command = f"resolution --data {folder} --model {checkpoint} --sizes 1,1.5 --bias full --beta 9"
-    main([*command.split(), "--device", "cpu", "--json", str(out), "--plot", str(plot)])
+    command += " --device cpu --precision fp32"
+    main([*command.split(), "--json", str(out), "--plot", str(plot)])
     rows = json.loads(out.read_text())
     expected = resolution_rows(
         load_sam(str(checkpoint), weights_dir=tmp_path),
