@@ -31,7 +31,6 @@ from sam_ext.predictor import Crop, Embedding, ObjectMasks, ObjectPrompt, Predic
 __all__ = ["Engine"]
 
 _DECODES_AT_ONCE = 2
-_RETRY_AFTER_S = 5
 
 
 class Engine:
@@ -88,7 +87,6 @@ class Engine:
                 raise OverloadedError(
                     f"predictions under way must be at most {self._max_waiting}, got one more; "
                     "try again shortly, or raise WORKERS or THREADS",
-                    retry_after_s=_RETRY_AFTER_S,
                 )
             self._admitted += 1
         try:

@@ -27,7 +27,6 @@ Encode: TypeAlias = Callable[[Callable[[], None]], Embedding]
 # So long in all does a drawing's encode stand still for decodes: clicks on other images stay quick
 # beside it, and many of them do not stop it.
 _COURTESY_S = 1.0
-_RETRY_AFTER_S = 5
 
 
 class Priority(IntEnum):
@@ -48,8 +47,7 @@ class EncodeAbandonedError(OverloadedError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the backend must stay up to encode an image, got told to stop; try again shortly",
-            retry_after_s=_RETRY_AFTER_S,
+            "the backend must stay up to encode an image, got told to stop; try again shortly"
         )
 
 

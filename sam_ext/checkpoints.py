@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,13 +31,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sam_ext.ba_sam import attach_coefficients
 from sam_ext.config import MODELS, SamConfig
 from sam_ext.errors import CheckpointError, ConfigError, DownloadError
 from sam_ext.sam import Sam, build_sam
+from sam_ext.state_dicts import check_state, save_state
 
 __all__ = [
     "PUBLISHED",
@@ -247,18 +246,7 @@ def load_sam(
         sam = build_sam(config)
         if any(key.endswith(".ba_sam_coefficient") for key in state):
             attach_coefficients(sam.image_encoder)
-    wanted = sam.state_dict()
-    missing = sorted(wanted.keys() - state.keys())
-    unexpected = sorted(state.keys() - wanted.keys())
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in sorted(wanted.keys() & state.keys())
-        if state[key].shape != wanted[key].shape
-    ]
-    if missing or unexpected or shapes:
-        raise CheckpointError.from_keys(
-            str(path), missing=missing, unexpected=unexpected, shapes=shapes
-        )
+    check_state(path, state, sam.state_dict())
     sam.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return sam.to(target)
 
@@ -318,13 +306,7 @@ def save_checkpoint(
             f"{path} was not written"
         )
     header = {**(metadata or {}), "format": "pt", _CONFIG_KEY: _config_of(sam, state).to_json()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(state, temporary, metadata=header)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_state(state, path, metadata=header)
 
 
 def config_from_state_dict(state: Mapping[str, Tensor]) -> SamConfig:

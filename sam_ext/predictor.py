@@ -30,8 +30,9 @@ from sam_ext.prompt_encoder import (
     embed_tokens,
 )
 from sam_ext.resolution import ResolutionPolicy
-from sam_ext.sam import Sam, state_fingerprint, weights_fingerprint
+from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam
+from sam_ext.state_dicts import state_fingerprint
 
 __all__ = ["Crop", "Embedding", "ObjectMasks", "ObjectPrompt", "Predictor"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 
-import torch
 from torch import nn
 
 from sam_ext import _torchvision  # noqa: F401  # makes `import segment_anything` possible
@@ -20,8 +19,9 @@ from segment_anything.modeling import (
 )
 
 from sam_ext.config import SamConfig
+from sam_ext.state_dicts import state_fingerprint
 
-__all__ = ["Sam", "build_sam", "state_fingerprint", "weights_fingerprint"]
+__all__ = ["Sam", "build_sam", "weights_fingerprint"]
 
 PIXEL_MEAN = [123.675, 116.28, 103.53]
 PIXEL_STD = [58.395, 57.12, 57.375]
@@ -77,12 +77,3 @@ def weights_fingerprint(sam: Sam) -> str:
     windows = [block.window_size for block in sam.image_encoder.blocks]
     text = f"{sam.image_encoder.img_size} {windows} {state_fingerprint(sam)}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def state_fingerprint(module: nn.Module) -> str:
-    """Digest the names, types, shapes and values of a module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sam_ext.errors import CheckpointError, ConfigError
+from sam_ext.state_dicts import check_state, save_state
 
 __all__ = ["Routed", "StableSam", "load_stable_sam", "sample_tokens", "save_stable_sam"]
 
@@ -164,10 +164,7 @@ def save_stable_sam(plugin: StableSam, path: Path, *, base: str) -> None:
         base: Fingerprint of the SAM that it was trained with.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in plugin.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(state, partial, metadata={"format": "pt", "method": _METHOD, "base": base})
-    partial.replace(path)
+    save_state(state, path, metadata={"format": "pt", "method": _METHOD, "base": base})
 
 
 def load_stable_sam(path: Path, *, base: str) -> StableSam:
@@ -203,16 +200,6 @@ def load_stable_sam(path: Path, *, base: str) -> StableSam:
     plugin = StableSam(
         max(channels, 1), is_routed=any(name.startswith("router.") for name in state)
     )
-    wanted = plugin.state_dict()
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & state.keys())
-        if state[name].shape != wanted[name].shape
-    ]
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or unexpected or shapes:
-        raise CheckpointError.from_keys(
-            str(path), missing=missing, unexpected=unexpected, shapes=shapes
-        )
+    check_state(path, state, plugin.state_dict())
     plugin.load_state_dict(state)
     return plugin.eval()
