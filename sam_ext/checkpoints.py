@@ -45,6 +45,7 @@ __all__ = [
     "config_from_state_dict",
     "download",
     "find_checkpoint",
+    "find_stable_sam",
     "load_sam",
     "resolve_device",
     "save_checkpoint",
@@ -202,6 +203,28 @@ def download(
     finally:
         lock.release()
     return path
+
+
+def find_stable_sam(model: str, *, weights_dir: Path) -> Path | None:
+    """Find the plugin for sloppy prompts that goes with a model (Stable-SAM).
+
+    It lies beside the weights file and is called `<its stem>.stable.safetensors`.
+
+    Args:
+        model: As `find_checkpoint` takes it; nothing is downloaded, no plugin is published.
+        weights_dir: Where published files are kept.
+
+    Returns:
+        The file, or None if there is none.
+    """
+    if model in _BUNDLED:
+        weights = _BUNDLED[model]
+    elif model in PUBLISHED:
+        weights = weights_dir / PUBLISHED[model].file_name
+    else:
+        weights = Path(model).expanduser()
+    path = weights.with_name(f"{weights.stem}.stable.safetensors")
+    return path if path.is_file() else None
 
 
 def load_sam(

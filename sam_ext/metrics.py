@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from sam_ext.errors import ConfigError
 
-__all__ = ["boundary_iou", "ellipse_in_box", "iou", "rectangle_mask"]
+__all__ = ["boundary_iou", "ellipse_in_box", "iou", "rectangle_mask", "stability"]
 
 
 def iou(predicted: NDArray[Any], wanted: NDArray[Any]) -> float:
@@ -47,6 +48,24 @@ def boundary_iou(
     height, width = predicted.shape
     distance = max(round(dilation_ratio * float(np.hypot(height, width))), 1)
     return iou(_boundary(predicted, distance), _boundary(wanted, distance))
+
+
+def stability(masks: Sequence[NDArray[Any]]) -> float:
+    r"""How far masks agree that answer prompts of equal quality for one object.
+
+    .. math:: S = \frac{1}{B} \sum_i IoU(M_i, \bigcup_j M_j)
+
+    Args:
+        masks: B masks [H, W] of booleans, at least one.
+
+    Returns:
+        0..1; 1 where all are the same.
+
+    Source:
+        Fan et al., arXiv:2311.15776, as remembered: its code was never released.
+    """
+    union = np.logical_or.reduce(list(masks))
+    return float(np.mean([iou(mask, union) for mask in masks]))
 
 
 def rectangle_mask(box_xyxy: NDArray[Any], size_hw: tuple[int, int]) -> NDArray[Any]:

@@ -198,12 +198,15 @@ class Predictor:
         self.device: torch.device = sam.device
         dtype = resolve_precision(self.device, precision)
         self._encoder = prepare_encoder(sam.image_encoder, dtype)
-        self._stable_sam = None if stable_sam is None else stable_sam.to(self.device)
+        self.stable_sam: StableSam | None = (
+            None if stable_sam is None else stable_sam.to(self.device)
+        )
+        """The plugin for sloppy prompts, if there is one."""
+        settings = (self._ba_sam, self.policy, dtype)
+        self.embedding_fingerprint: str = _digest(f"{weights_fingerprint(sam)} {settings}")
+        """Hex digest of all that embeddings depend on: equal if every embedding is equal."""
         plugin = "" if stable_sam is None else state_fingerprint(stable_sam)
-        settings = (self._ba_sam, self.policy, dtype, plugin)
-        self.fingerprint: str = hashlib.sha256(
-            f"{weights_fingerprint(sam)} {settings}".encode()
-        ).hexdigest()
+        self.fingerprint: str = _digest(f"{self.embedding_fingerprint} {plugin}")
         """Hex digest of the weights, sizes and settings: equal exactly if every answer is equal."""
         # Several milliseconds of each click otherwise; few grids occur.
         self._position_encoding = lru_cache(maxsize=16)(
@@ -285,7 +288,7 @@ class Predictor:
         for prompt, (low_res, iou_predictions, routing) in zip(
             prompts, self.decode_low_res(embedding, prompts), strict=True
         ):
-            ambiguous = prompt.is_single_point and self._stable_sam is None
+            ambiguous = prompt.is_single_point and self.stable_sam is None
             several = ambiguous if multimask_output is None else multimask_output
             chosen = slice(1, None) if several else slice(0, 1)
             answers.append(
@@ -413,5 +416,9 @@ class Predictor:
             image_pe=self._position_encoding(grid_hw),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=embed_dense(encoder, mask, grid_hw=grid_hw),
-            stable_sam=self._stable_sam,
+            stable_sam=self.stable_sam,
         )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

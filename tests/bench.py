@@ -34,7 +34,7 @@ from ml_backend.loading import load_predictor
 from ml_backend.settings import load_settings
 from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.config import MODELS
-from sam_ext.evaluate import print_rows
+from sam_ext.evaluate.common import print_rows
 from sam_ext.sam import Sam, build_sam
 from tests.ml_backend.backend import encoded, payload, random_image, setup_body
 from tests.ml_backend.servers import Answer, FakeLabelStudio

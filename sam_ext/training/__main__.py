@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sam_ext.ba_sam import BaSamConfig, attach_coefficients
-from sam_ext.checkpoints import load_sam, save_checkpoint
+from sam_ext.checkpoints import find_checkpoint, load_sam, save_checkpoint
 from sam_ext.config import MODELS
 from sam_ext.sam import build_sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam, save_stable_sam
@@ -54,6 +54,12 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1500, help="of the plugin's training")
     parser.add_argument(
+        "--size",
+        type=_sides,
+        metavar="SIZE[+SIZE...]",
+        help="sides of the images of the plugin's training; by default the model's own",
+    )
+    parser.add_argument(
         "--no-routing", action="store_true", help="a plugin without router, for comparison"
     )
     arguments = parser.parse_args()
@@ -69,17 +75,22 @@ def _train_stable(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     sam = load_sam(model, weights_dir=arguments.out, device=arguments.device)
     plugin = StableSam(is_routed=not arguments.no_routing).to(arguments.device)
+    size, *others = arguments.size or (sam.image_encoder.img_size,)
     train_stable(
         sam,
         plugin,
         open_sources(arguments.data, TINY.mix, splits=("train",), seed=arguments.seed),
         RobustConfig(
-            image_size=sam.image_encoder.img_size, steps=arguments.steps, seed=arguments.seed
+            image_size=size,
+            other_sizes=tuple(others),
+            steps=arguments.steps,
+            seed=arguments.seed,
         ),
         num_workers=arguments.workers,
         on_progress=_report,
     )
-    path = arguments.out / f"{Path(model).stem}.stable.safetensors"
+    weights = find_checkpoint(model, weights_dir=arguments.out)
+    path = arguments.out / f"{weights.stem}.stable.safetensors"
     save_stable_sam(plugin, path, base=weights_fingerprint(sam))
     _LOG.info("wrote %s", path)
 
@@ -125,7 +136,7 @@ def _train_sam(arguments: argparse.Namespace) -> None:
 
 def _stage(text: str) -> Stage:
     sides, batch, steps, clicks = text.split(":")
-    size, *others = (int(side) for side in sides.split("+"))
+    size, *others = _sides(sides)
     return Stage(
         image_size=size,
         other_sizes=tuple(others),
@@ -133,6 +144,10 @@ def _stage(text: str) -> Stage:
         steps=int(steps),
         clicks=int(clicks),
     )
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    return tuple(int(side) for side in text.split("+"))
 
 
 def _report(line: dict[str, float]) -> None:

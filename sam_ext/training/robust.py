@@ -53,6 +53,8 @@ class RobustConfig:
     image_size: int
     """Side of the training images in pixels, a multiple of 16."""
     steps: int
+    other_sizes: tuple[int, ...] = ()
+    """Further sides in pixels; each step trains at one side, drawn among these and `image_size`."""
     batch_size: int = 8
     prompts: int = 8
     """Objects asked for in each image, each by a prompt of a kind drawn anew."""
@@ -76,6 +78,7 @@ class RobustConfig:
         """The same as the supervised loop's stage."""
         return Stage(
             image_size=self.image_size,
+            other_sizes=self.other_sizes,
             batch_size=self.batch_size,
             steps=self.steps,
             prompts=self.prompts,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sam_ext.errors import ConfigError
-from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask
+from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask, stability
 
 
 def mask(rows):
@@ -67,3 +67,12 @@ def test_an_ellipse_covers_pi_quarters_of_its_box():
 def test_masks_of_different_sizes_are_refused(measure):
     with pytest.raises(ConfigError, match=r"one shape, got \(2, 3\) and \(3, 2\)"):
         measure(np.zeros((2, 3), bool), np.zeros((3, 2), bool))
+
+
+def test_stability_is_the_mean_iou_with_the_union_of_all_masks():
+    left, right = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    left[:, :3] = True
+    right[:, 2:] = True
+    assert stability([left, right]) == pytest.approx((12 / 16 + 8 / 16) / 2)
+    assert stability([left, left, left]) == 1
+    assert stability([right]) == 1

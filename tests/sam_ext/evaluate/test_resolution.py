@@ -6,139 +6,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from sam_ext.ba_sam import BaSamConfig
 from sam_ext.checkpoints import load_sam, save_checkpoint
-from sam_ext.evaluate import (
-    ba_sam_variants,
-    center_point,
-    evaluate_prompts,
-    evaluate_resolution,
-    main,
-    tight_box,
-)
+from sam_ext.evaluate.__main__ import main
+from sam_ext.evaluate.common import tight_box
+from sam_ext.evaluate.resolution import ba_sam_variants, evaluate_resolution
 from sam_ext.image_encoder import encode_image
-from sam_ext.interactive import CropPolicy, answer_prompts
-from sam_ext.metrics import boundary_iou, iou, rectangle_mask
+from sam_ext.metrics import boundary_iou, iou
 from sam_ext.predictor import Embedding, ObjectPrompt, Predictor
 from sam_ext.training.data import CocoFolder
-
-OBJECT = np.zeros((48, 72), bool)
-OBJECT[8:40, 10:30] = True
-OBJECT[30:40, 30:60] = True  # an L: its box is not its mask
-
-
-def image_of(mask):
-    return np.where(mask[..., None], 220, 40).astype(np.uint8).repeat(3, axis=2)
-
-
-def write_folder(root, masks, splits):
-    (root / "images").mkdir(parents=True)
-    annotations, images = [], []
-    for number, (mask, split) in enumerate(zip(masks, splits, strict=True)):
-        encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-        rle = {"size": encoded["size"], "counts": encoded["counts"].decode()}
-        name = f"{number}.png"
-        cv2.imwrite(str(root / "images" / name), image_of(mask))
-        sides = {"height": mask.shape[0], "width": mask.shape[1]}
-        images.append({"id": number, "file_name": name, "split": split} | sides)
-        annotations.append({"image_id": number, "segmentation": rle, "primary": number})
-    content = {"images": images, "annotations": annotations}
-    (root / "annotations.json").write_text(json.dumps(content))
-    return root
+from tests.sam_ext.evaluate.folders import OBJECT, image_of, write_folder
 
 
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path / "set", [OBJECT] * 3, ("test", "test", "val"))
-
-
-def test_the_tight_box_is_in_pixel_edges():
-    assert tight_box(OBJECT).tolist() == [10, 8, 60, 40]
-
-
-def test_the_centre_lies_farthest_from_the_outline_and_the_image_border():
-    x, y = center_point(OBJECT)
-    assert OBJECT[int(y), int(x)]
-    assert 18 <= x <= 21
-    assert 17 <= y <= 31
-    full = np.ones((21, 31), bool)
-    assert center_point(full)[1] == 10
-
-
-def test_rows_hold_the_means_of_what_the_predictor_answers(small_sam, folder):
-    predictor = Predictor(small_sam)
-    rows = evaluate_prompts(
-        {"s": (predictor, None)},
-        CocoFolder(folder, splits=("test",)),
-        dataset="set",
-        split="test",
-    )
-    table = {(row.variant, row.prompt): row for row in rows}
-    assert set(table) == {
-        ("rectangle", "box"),
-        ("ellipse", "box"),
-        ("s", "box"),
-        ("s", "point"),
-        ("s", "point oracle"),
-    }
-    box = tight_box(OBJECT)
-    rectangle = rectangle_mask(box, (48, 72))
-    assert table["rectangle", "box"].miou == pytest.approx(iou(rectangle, OBJECT), abs=1e-4)
-    assert table["rectangle", "box"].iou_error is None
-    embedding = predictor.embed(CocoFolder(folder, splits=("test",)).scene(0).image)
-    prompt = ObjectPrompt(
-        point_coords=np.zeros((0, 2)), point_labels=np.zeros(0, int), box_xyxy=box
-    )
-    [answer] = predictor.decode(embedding, [prompt])
-    row = table["s", "box"]
-    assert (row.objects, row.dataset, row.split) == (2, "set", "test")
-    assert row.miou == pytest.approx(iou(answer.masks[0], OBJECT), abs=1e-4)
-    assert row.mbiou == pytest.approx(boundary_iou(answer.masks[0], OBJECT), abs=1e-4)
-    error = abs(float(answer.iou_predictions[0]) - iou(answer.masks[0], OBJECT))
-    assert row.iou_error == pytest.approx(error, abs=1e-4)
-    assert table["s", "point oracle"].miou >= table["s", "point"].miou
-
-
-def test_a_model_that_looks_at_crops_is_measured_as_it_answers(small_sam, tmp_path):
-    small = np.zeros((60, 200), bool)
-    small[20:34, 90:110] = True
-    folder = CocoFolder(write_folder(tmp_path / "wide", [small], ("test",)), splits=("test",))
-    predictor = Predictor(small_sam)
-    crops = CropPolicy(min_object_px=30, context=2, min_side=32)
-    rows = evaluate_prompts(
-        {"s": (predictor, None), "cropped": (predictor, crops)},
-        folder,
-        dataset="wide",
-        split="test",
-    )
-    table = {(row.variant, row.prompt): row for row in rows}
-    prompt = ObjectPrompt(
-        point_coords=np.zeros((0, 2)), point_labels=np.zeros(0, int), box_xyxy=tight_box(small)
-    )
-    [cropped] = answer_prompts(
-        predictor,
-        [prompt],
-        image_hw=(60, 200),
-        embed=lambda crop: predictor.embed(image_of(small), crop=crop),
-        crops=crops,
-    )
-    assert cropped.crop is not None
-    assert table["cropped", "box"].miou == pytest.approx(iou(cropped.mask, small), abs=1e-4)
-    assert table["cropped", "box"].miou != table["s", "box"].miou
-
-
-def test_the_command_measures_a_checkpoint_and_writes_its_rows(small_sam, folder, tmp_path, capsys):
-    checkpoint, out = tmp_path / "small.safetensors", tmp_path / "rows.json"
-    save_checkpoint(small_sam, checkpoint)
-    command = f"prompts --data {folder} --model {checkpoint} --split test --limit 1 --primary"
-    main([*command.split(), "--device", "cpu", "--json", str(out)])
-    rows = json.loads(out.read_text())
-    assert {row["prompt"] for row in rows} == {"box", "point", "point oracle"}
-    assert {row["objects"] for row in rows} == {1}
-    assert {row["variant"] for row in rows} == {"rectangle", "ellipse", "small", "small as served"}
-    assert "rectangle" in capsys.readouterr().out
 
 
 BA_SAM = BaSamConfig(scaling_factor=True, bias="extrapolation", beta=50.0)

@@ -1,0 +1,126 @@
+"""What all tables share: which images, how an object is prompted, and how rows are shown."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from sam_ext.errors import ConfigError
+from sam_ext.predictor import ObjectPrompt
+from sam_ext.training.data import CocoFolder, Scene
+
+__all__ = [
+    "add_data_arguments",
+    "add_model_arguments",
+    "box_prompt",
+    "center_point",
+    "chosen_images",
+    "new_figure",
+    "object_masks",
+    "points_prompt",
+    "print_rows",
+    "tight_box",
+]
+
+_TABLE_WIDTH = 120
+
+
+def tight_box(mask: NDArray[Any]) -> NDArray[Any]:
+    """Return the box [x0, y0, x1, y1] of a mask [H, W] that is not empty, in pixel edges."""
+    ys, xs = np.nonzero(mask)
+    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], np.float64)
+
+
+def center_point(mask: NDArray[Any]) -> NDArray[Any]:
+    """Return the pixel (x, y) of a mask [H, W] that lies farthest from its outline.
+
+    Source:
+        Kirillov et al., arXiv:2304.02643, section D.1.
+    """
+    padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1]
+    y, x = np.unravel_index(int(distance.argmax()), mask.shape)
+    return np.array([x, y], np.float64)
+
+
+def chosen_images(folder: CocoFolder, limit: int | None, seed: int | None) -> list[int]:
+    """Choose the images to measure, in the folder's order.
+
+    Args:
+        folder: The images.
+        limit: At most this many; None takes all.
+        seed: Draws the images that a limit leaves; None takes the first.
+    """
+    count = len(folder) if limit is None else min(limit, len(folder))
+    if seed is None:
+        return list(range(count))
+    return sorted(np.random.default_rng(seed).permutation(len(folder))[:count].tolist())
+
+
+def object_masks(scene: Scene) -> list[NDArray[np.bool_]]:
+    """Decode a scene's masks [H, W], those left out that hold no pixel."""
+    masks = [scene.mask(index).astype(np.bool_) for index in range(len(scene.rles))]
+    return [mask for mask in masks if mask.any()]
+
+
+def box_prompt(box_xyxy: NDArray[Any]) -> ObjectPrompt:
+    """Prompt by a box [4] alone."""
+    return ObjectPrompt(
+        point_coords=np.zeros((0, 2)), point_labels=np.zeros(0, np.int64), box_xyxy=box_xyxy
+    )
+
+
+def points_prompt(points: NDArray[Any]) -> ObjectPrompt:
+    """Prompt by points [T, 2] on the object alone."""
+    return ObjectPrompt(point_coords=points, point_labels=np.ones(len(points), np.int64))
+
+
+def print_rows(rows: Sequence[Any]) -> None:
+    """Print rows, dataclasses of one kind, whole even where the terminal is narrow or none."""
+    table = Table(*asdict(rows[0]))
+    for row in rows:
+        table.add_row(*("" if v is None else str(v) for v in asdict(row).values()))
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(table)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Make an empty matplotlib figure of a size in inches.
+
+    Raises:
+        ConfigError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "a plot must have matplotlib, got an environment without it; pip install matplotlib"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every table asks: the model, and where its rows go."""
+    parser.add_argument("--model", default="tiny", help="a name, or a checkpoint's path")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--weights-dir", type=Path, default=Path("data/weights"))
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of tables that are measured on one COCO-format set."""
+    parser.add_argument("--data", type=Path, required=True, help="folder of one COCO-format set")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--primary", action="store_true", help="only annotations with primary == 1")
+    parser.add_argument("--limit", type=int, help="at most this many images")
+    parser.add_argument("--seed", type=int, help="draw these images; otherwise the first")
