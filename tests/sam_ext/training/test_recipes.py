@@ -4,12 +4,17 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
 
+from sam_ext.checkpoints import find_stable_sam, load_sam, save_checkpoint
 from sam_ext.errors import ConfigError
 from sam_ext.predictor import Predictor
+from sam_ext.sam import weights_fingerprint
+from sam_ext.stable_sam import load_stable_sam
 from sam_ext.training import __main__ as command
 from sam_ext.training.data import CocoFolder, SyntheticSource
 from sam_ext.training.recipes import TINY, TINY_MIX, Recipe, open_sources
+from sam_ext.training.robust import train_stable
 from tests.conftest import SMALL
 
 NOT_TO_BE_SHIPPED = {"bsds500", "coco200_panoptic", "wbc", "mt_defect", "cwfid", "carrot_weed_hr"}
@@ -56,8 +61,6 @@ def test_a_set_that_is_not_there_is_named(data):
 
 
 def test_the_command_trains_and_writes_a_checkpoint_that_loads(data, tmp_path, monkeypatch):
-    from sam_ext.checkpoints import load_sam
-
     recipe = Recipe(
         model="small", mix={"squares": 1.0}, held_out={"squares": 1.0}, config=TINY.config
     )
@@ -80,3 +83,30 @@ def test_the_command_trains_and_writes_a_checkpoint_that_loads(data, tmp_path, m
     command.main()
     same = load_sam(str(again / "small.safetensors"), weights_dir=tmp_path)
     assert Predictor(same).fingerprint == Predictor(sam).fingerprint
+
+
+def test_the_command_trains_a_plugin_that_lies_beside_its_model(
+    data, small_sam, tmp_path, monkeypatch
+):
+    recipe = Recipe(model="small", mix={"squares": 1.0}, held_out={}, config=TINY.config)
+    monkeypatch.setattr(command, "TINY", recipe)
+    weights = tmp_path / "run" / "my.weights.safetensors"
+    save_checkpoint(small_sam, weights)
+    seen = []
+    monkeypatch.setattr(
+        command, "train_stable", lambda *a, **o: seen.append(a[3]) or train_stable(*a, **o)
+    )
+    arguments = ["x", "stable", "--data", str(data), "--out", str(weights.parent), "--workers", "0"]
+    arguments += ["--init", str(weights), "--steps", "2", "--size", "64+32"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    command.main()
+    assert seen[0].stage.sizes == (64, 32)
+    path = find_stable_sam(str(weights), weights_dir=tmp_path)
+    assert path == weights.parent / "my.weights.stable.safetensors"
+    stored = load_sam(str(weights), weights_dir=tmp_path)
+    plugin = load_stable_sam(path, base=weights_fingerprint(stored))
+    assert not torch.equal(plugin.transform.weight, torch.eye(256))
+    monkeypatch.setattr(sys, "argv", [*arguments[:-2], "--no-routing"])
+    command.main()
+    assert seen[1].stage.sizes == (64,)
+    assert load_stable_sam(path, base=weights_fingerprint(stored)).router is None
