@@ -7,6 +7,7 @@ as it is.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from sam_ext.errors import CheckpointError, ConfigError
 from sam_ext.state_dicts import check_state, save_state
 
-__all__ = ["Routed", "StableSam", "load_stable_sam", "sample_tokens", "save_stable_sam"]
+__all__ = [
+    "Routed",
+    "StableSam",
+    "load_stable_sam",
+    "prepare_stable_sam",
+    "sample_tokens",
+    "save_stable_sam",
+]
 
 _ROUTE_HIDDEN = 16
 _METHOD = "stable-sam"
@@ -104,7 +112,8 @@ class StableSam(nn.Module):
                 f"features must have {height} x {width} tokens, got {count}; "
                 "name the grid that they come from"
             )
-        transformed = self.transform(features)
+        in_its_precision = self.transform(features.to(self.transform.weight.dtype))
+        transformed = in_its_precision.to(features.dtype)
         as_image = transformed.transpose(1, 2).unflatten(2, (height, width))
         local = self.depthwise(as_image).flatten(2).transpose(1, 2)
         offsets = self.offset(F.gelu(self.norm(local)))  # [O, H * W, 2], (x, y) in tokens
@@ -117,6 +126,19 @@ class StableSam(nn.Module):
             weights = self.router(token).softmax(dim=-1)
         share = weights[:, 0, None, None].to(shifted.dtype)
         return Routed(torch.lerp(features.to(shifted.dtype), shifted, share), weights)
+
+
+def prepare_stable_sam(plugin: StableSam, dtype: torch.dtype) -> StableSam:
+    """Return a plugin that makes its 1 x 1 convolution, most of its work, in `dtype`.
+
+    Returns:
+        The plugin itself if it does, else a copy.
+    """
+    if plugin.transform.weight.dtype == dtype:
+        return plugin
+    prepared = copy.deepcopy(plugin)
+    prepared.transform.to(dtype)
+    return prepared
 
 
 def sample_tokens(tokens: Tensor, offsets: Tensor, grid_hw: tuple[int, int]) -> Tensor:

@@ -1,6 +1,6 @@
 """How fast embeddings and clicks are, and how much memory many images take.
 
-    make bench  or  python -m tests.bench [--only embed,clicks,restart,memory] [--quick]
+    make bench  or  python -m tests.bench [--only embed,decode,clicks,restart,memory] [--quick]
 
 It prints a table and writes the same to bench.json. Only on a machine that does nothing else do the
 figures say something. `--quick` shows that everything runs.
@@ -34,8 +34,11 @@ from ml_backend.loading import load_predictor
 from ml_backend.settings import load_settings
 from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.config import MODELS
-from sam_ext.evaluate.common import print_rows
+from sam_ext.evaluate.common import box_prompt, print_rows
+from sam_ext.predictor import Predictor
+from sam_ext.resolution import default_policy
 from sam_ext.sam import Sam, build_sam
+from sam_ext.stable_sam import StableSam
 from tests.ml_backend.backend import encoded, payload, random_image, setup_body
 from tests.ml_backend.servers import Answer, FakeLabelStudio
 from tests.ml_backend.test_concurrency import Gunicorn, gunicorn
@@ -51,6 +54,8 @@ MEMORY_SIZES_HW = ((384, 512), (512, 384), (400, 480), (320, 512))
 BARS = {
     "embed 1024x768": "ratio >= 4",
     "embed 512x384": "ratio >= 20",
+    "decode 1 box, with plugin": "ratio <= 1.2",
+    "decode 16 boxes, with plugin": "ratio <= 1.2",
     "click, 8 annotators": "median <= 60, p99 <= 150",
     "click, 8 annotators, while encoding": "p99 <= 300",
     "first click after a restart": "median <= 200",
@@ -66,7 +71,8 @@ class Row:
     median: float
     p99: float
     ratio: float | None = None
-    """How many times faster than segment-anything; of memory, how many times what it was."""
+    """How many times faster than segment-anything; with a plugin, how many times the time without;
+    of memory, how many times what it was."""
     bar: str | None = None
     """What this project wants it to be."""
 
@@ -106,6 +112,43 @@ def embed_rows(model: Path, *, sizes_hw: Sequence[tuple[int, int]], repeats: int
         ratio = float(np.median(other) / np.median(mine))
         rows.append(row(name, "ms", mine, ratio=ratio))
         rows.append(row(f"{name}, segment-anything", "ms", other))
+    return rows
+
+
+def decode_rows(model: Path, *, counts: Sequence[int], repeats: int) -> list[Row]:
+    """Boxes to masks on one image, with Stable-SAM's plugin and without, in turns."""
+    sam = load_sam(str(model), weights_dir=model.parent)
+    policy = default_policy(sam.image_encoder.img_size)
+    torch.manual_seed(0)
+    plugin = StableSam()
+    torch.nn.init.normal_(plugin.offset.weight, std=0.1)  # or nothing would be shifted
+    predictors = {
+        "": Predictor(sam, policy=policy),
+        ", with plugin": Predictor(sam, policy=policy, stable_sam=plugin.eval()),
+    }
+    image = np.asarray(random_image(0, size_hw=CLICK_SIZE_HW))
+    embedding = predictors[""].embed(image)
+    height, width = CLICK_SIZE_HW
+    rows = []
+    for count in counts:
+        boxes = [
+            np.array([0.1, 0.1, 0.3 + 0.03 * i, 0.4 + 0.03 * i]) * (width, height, width, height)
+            for i in range(count)
+        ]
+        prompts = [box_prompt(box) for box in boxes]
+        times: dict[str, list[float]] = {name: [] for name in predictors}
+        for turn in range(repeats + 1):
+            for name, predictor in predictors.items():
+                elapsed = milliseconds(
+                    lambda p=predictor, asked=prompts: p.decode(embedding, asked)
+                )
+                if turn:  # the first is not like the others
+                    times[name].append(elapsed)
+        base = float(np.median(times[""]))
+        title = f"decode {count} box{'es'[: 2 * (count > 1)]}"
+        for name, values in times.items():
+            ratio = float(np.median(values)) / base if name else None
+            rows.append(row(title + name, "ms", values, ratio=ratio))
     return rows
 
 
@@ -288,7 +331,7 @@ def vit_b() -> Sam:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--only", default="embed,clicks,restart,memory", metavar="PART,...")
+    parser.add_argument("--only", default="embed,decode,clicks,restart,memory", metavar="PART,...")
     parser.add_argument("--checkpoint", help="instead of a ViT-B with random weights")
     parser.add_argument("--quick", action="store_true", help="few runs: do they work at all?")
     parser.add_argument("--json", type=Path, default=Path("bench.json"))
@@ -307,6 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sizes_hw=EMBED_SIZES_HW[:2] if quick else EMBED_SIZES_HW,
                 repeats=1 if quick else 5,
             ),
+            "decode": lambda _: decode_rows(model, counts=(1, 16), repeats=2 if quick else 20),
             "clicks": lambda data_dir: click_rows(
                 model,
                 data_dir,

@@ -12,6 +12,7 @@ from sam_ext.ba_sam import BaSamConfig
 from sam_ext.config import MODELS
 from sam_ext.errors import ConfigError, PromptError
 from sam_ext.image_encoder import encode_image
+from sam_ext.mask_decoder import decode_masks
 from sam_ext.predictor import Crop, ObjectMasks, ObjectPrompt, Predictor
 from sam_ext.resolution import ResolutionPolicy
 from sam_ext.sam import build_sam
@@ -329,6 +330,29 @@ def test_many_objects_keep_their_order(small_sam, monkeypatch):
             answer, reference(small_sam, image), one, multimask_output=one.is_single_point
         )
     assert predictor.decode(embedding, []) == []
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(16, 5), (40, 3), (1000, 1)])
+def test_a_cpu_decodes_as_many_objects_together_as_its_cache_holds(
+    small_sam, monkeypatch, tokens, groups
+):
+    monkeypatch.setattr(predictor_module, "_TOKENS_AT_ONCE_ON_CPU", tokens)  # an image has 16
+    decoded = []
+
+    def counting(*args, **options):
+        decoded.append(options["sparse_prompt_embeddings"].shape[0])
+        return decode_masks(*args, **options)
+
+    monkeypatch.setattr(predictor_module, "decode_masks", counting)
+    predictor = Predictor(small_sam)
+    embedding = predictor.embed(draw(64, 64))
+    prompts = [prompt(box=[1 + i, 2, 30 + i, 20]) for i in range(5)]
+    answers = predictor.decode(embedding, prompts)
+    assert len(decoded) == groups
+    assert sum(decoded) == 5
+    for one, answer in zip(prompts, answers, strict=True):
+        [alone] = predictor.decode(embedding, [one])
+        np.testing.assert_allclose(answer.low_res_logits, alone.low_res_logits, atol=1e-4)
 
 
 def test_a_very_thin_image_keeps_a_row(small_sam):

@@ -4,7 +4,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from sam_ext.errors import CheckpointError, ConfigError
-from sam_ext.stable_sam import StableSam, load_stable_sam, sample_tokens, save_stable_sam
+from sam_ext.stable_sam import (
+    StableSam,
+    load_stable_sam,
+    prepare_stable_sam,
+    sample_tokens,
+    save_stable_sam,
+)
 
 GRID = (5, 7)
 
@@ -87,6 +93,20 @@ def test_at_the_start_gradients_reach_what_they_can_and_everything_later():
     plugin = moved()
     plugin(tokens(), torch.randn(2, 8), GRID).features.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in plugin.parameters())
+
+
+def test_in_bf16_it_answers_nearly_the_same_and_leaves_the_other_as_it_was():
+    plugin, x, token = moved().eval(), tokens(), torch.randn(2, 8)
+    prepared = prepare_stable_sam(plugin, torch.bfloat16)
+    assert prepared.transform.weight.dtype == torch.bfloat16
+    assert plugin.transform.weight.dtype == torch.float32
+    assert prepare_stable_sam(plugin, torch.float32) is plugin
+    torch.nn.init.zeros_(plugin.offset.weight)  # a place is not a value: it may jump
+    torch.nn.init.zeros_(prepared.offset.weight)
+    exact, near = plugin(x, token, GRID), prepared(x, token, GRID)
+    assert near.features.dtype == torch.float32
+    assert 0 < (near.features - exact.features).norm() / exact.features.norm() < 0.01
+    torch.testing.assert_close(near.routing, exact.routing)
 
 
 def test_tokens_of_another_grid_are_refused():
