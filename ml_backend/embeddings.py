@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 _MAGIC = b"sam embedding 1\n"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _UNFINISHED = "new-"
+_OWNER = "of-"
+_PREFIX = 16  # hex digits of a fingerprint in the names of its files
 _ABANDONED_S = 3600.0  # after that nobody writes a file any more
 # The folder is looked through each time that a process has written this part of the bound.
 _LOOK_AGAIN = 32
@@ -86,8 +88,9 @@ class EmbeddingStore:
 
     A file is a magic line, the SHA-256 of what follows, the length of a JSON header, the header and
     the numbers. It is written under another name and renamed. Its modification time is when it was
-    last used; what was not used for longest goes first. The bound holds for two processes that
-    write; each further one may exceed it by a thirty-second of it.
+    last used; what was not used for longest goes first, after all that is of a model that is gone.
+    The bound holds for two processes that write; each further one may exceed it by a
+    thirty-second of it.
 
     A disk that cannot be used costs time, not answers: it is logged once, until it works again.
     """
@@ -101,6 +104,15 @@ class EmbeddingStore:
 
     def __contains__(self, key: EmbeddingKey) -> bool:
         return self._path(key).exists()
+
+    def belongs_to(self, fingerprint: str, folder: Path) -> None:
+        """Note that a model is of a folder: its embeddings are of no use once that is gone."""
+        path = self._folder / f"{_OWNER}{fingerprint[:_PREFIX]}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._put(path, os.path.relpath(folder, self._folder).encode())
+        except OSError as error:
+            self._failed(error)
 
     def touch(self, key: EmbeddingKey) -> None:
         """Note that an embedding was used, wherever it was kept."""
@@ -137,14 +149,7 @@ class EmbeddingStore:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if not self._make_room(len(data)):
                     return False
-                descriptor, name = tempfile.mkstemp(dir=self._folder, prefix=_UNFINISHED)
-                try:
-                    with os.fdopen(descriptor, "wb") as file:
-                        file.write(data)
-                    Path(name).replace(self._path(key))
-                except OSError:
-                    Path(name).unlink(missing_ok=True)
-                    raise
+                self._put(self._path(key), data)
             except OSError as error:
                 self._failed(error)
                 return False
@@ -152,7 +157,18 @@ class EmbeddingStore:
         return True
 
     def _path(self, key: EmbeddingKey) -> Path:
-        return self._folder / hashlib.sha256(repr(tuple(key)).encode()).hexdigest()
+        digest = hashlib.sha256(repr(tuple(key)).encode()).hexdigest()
+        return self._folder / f"{key.fingerprint[:_PREFIX]}-{digest}"
+
+    def _put(self, path: Path, data: bytes) -> None:
+        descriptor, name = tempfile.mkstemp(dir=self._folder, prefix=_UNFINISHED)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            Path(name).replace(path)
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            raise
 
     def _failed(self, error: OSError) -> None:
         if not self._is_failing:
@@ -177,13 +193,15 @@ class EmbeddingStore:
 
     def _evict(self, max_bytes: int) -> None:
         files = []
+        gone = self._gone()
         for entry in os.scandir(self._folder):
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 stat = entry.stat()
                 age_s = time.time() - stat.st_mtime
-                if entry.name.startswith(_UNFINISHED) and age_s > _ABANDONED_S:
+                is_abandoned = entry.name.startswith(_UNFINISHED) and age_s > _ABANDONED_S
+                if is_abandoned or entry.name.removeprefix(_OWNER).partition("-")[0] in gone:
                     Path(entry).unlink()
-                else:
+                elif not entry.name.startswith(_OWNER):
                     files.append((stat.st_mtime_ns, stat.st_size, entry.path))
         left = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -191,6 +209,15 @@ class EmbeddingStore:
                 return
             Path(path).unlink(missing_ok=True)
             left -= size
+
+    def _gone(self) -> set[str]:
+        """Find the models whose folders are gone, by the beginnings of their files' names."""
+        gone = set()
+        for path in self._folder.glob(f"{_OWNER}*"):
+            with contextlib.suppress(OSError):
+                if not (self._folder / path.read_text()).exists():
+                    gone.add(path.name.removeprefix(_OWNER))
+        return gone
 
 
 def _pack(key: EmbeddingKey, embedding: Embedding) -> bytes:

@@ -8,10 +8,11 @@ torch keeps threads of its own for a handful of callers, not for every request.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ml_backend.embeddings import EmbeddingCache, EmbeddingKey, EmbeddingStore
@@ -34,11 +35,10 @@ _DECODES_AT_ONCE = 2
 
 
 class Engine:
-    """Answers prompts about images with one model; safe from several threads."""
+    """Answers prompts about images with the models it is given; safe from several threads."""
 
     def __init__(
         self,
-        predictor: Predictor,
         *,
         cache_bytes: int,
         max_waiting: int,
@@ -49,14 +49,12 @@ class Engine:
         """Start the lanes.
 
         Args:
-            predictor: The model.
             cache_bytes: Bound of the embeddings kept in memory.
             max_waiting: Predictions that may be admitted at the same time.
             store: Where embeddings outlive the process; None keeps them in memory only.
             crops: When small objects are looked at in a crop; None never does.
             automatic_options: Arguments for `generate_masks`, where its defaults do not suit.
         """
-        self.predictor = predictor
         self.embeddings = EmbeddingCache(cache_bytes)
         self._store = store
         self._reading = threading.Lock()
@@ -97,6 +95,7 @@ class Engine:
 
     def embed(
         self,
+        predictor: Predictor,
         image: LoadedImage,
         *,
         crop: Crop | None = None,
@@ -108,6 +107,7 @@ class Engine:
         Its pixels are decoded only if it is new, and when its turn has come.
 
         Args:
+            predictor: The model.
             image: The image.
             crop: The part of it that is meant; None for all of it.
             priority: Who waits for it.
@@ -116,19 +116,19 @@ class Engine:
         Raises:
             EncodeAbandonedError: If it is not wanted any more, or the engine is closed.
         """
-        key = EmbeddingKey(image.content_hash, self.predictor.fingerprint, crop)
+        key = EmbeddingKey(image.content_hash, predictor.embedding_fingerprint, crop)
         if (kept := self.embeddings.get(key)) is not None:
             if self._store is not None:
                 self._store.touch(key)
             return kept
-        if (kept := self._kept(key)) is not None:
+        if (kept := self._kept(key, predictor)) is not None:
             return kept
 
         def encode(pause: Callable[[], None]) -> Embedding:
-            if (kept := self._kept(key)) is not None:  # made while this one waited
+            if (kept := self._kept(key, predictor)) is not None:  # made while this one waited
                 return kept
             pause()
-            embedding = self.predictor.embed(image.pixels, crop=crop, pause=pause)
+            embedding = predictor.embed(image.pixels, crop=crop, pause=pause)
             self.embeddings.put(key, embedding)
             return embedding
 
@@ -138,13 +138,24 @@ class Engine:
 
         return self._lanes.run(key, encode, priority=priority, keep=keep, is_wanted=is_wanted)
 
-    def known_size(self, content_hash: str) -> tuple[int, int] | None:
-        """Give the size (H, W) of an image whose embedding is kept; None for others."""
-        kept = self._kept(EmbeddingKey(content_hash, self.predictor.fingerprint))
-        return None if kept is None else kept.original_size
+    def known_size(
+        self, content_hash: str, predictors: Iterable[Predictor]
+    ) -> tuple[int, int] | None:
+        """Give the size (H, W) of an image whose embedding is kept; None for others.
+
+        Args:
+            content_hash: Digest of the image file's bytes.
+            predictors: Whose embeddings are looked for, one after the other.
+        """
+        for predictor in predictors:
+            key = EmbeddingKey(content_hash, predictor.embedding_fingerprint)
+            if (kept := self._kept(key, predictor)) is not None:
+                return kept.original_size
+        return None
 
     def answer(
         self,
+        predictor: Predictor,
         image: LoadedImage,
         prompts: Sequence[ObjectPrompt],
         *,
@@ -155,22 +166,23 @@ class Engine:
         Raises:
             PromptError: If a prompt does not fit the image.
         """
+        decode = self._decode if priority == Priority.DRAWING else self._decode_in_a_batch
         return answer_prompts(
-            self.predictor,
+            predictor,
             prompts,
             image_hw=image.size_hw,
-            embed=lambda crop: self.embed(image, crop=crop, priority=priority),
-            decode=self._decode if priority == Priority.DRAWING else self._decode_in_a_batch,
+            embed=lambda crop: self.embed(predictor, image, crop=crop, priority=priority),
+            decode=partial(decode, predictor),
             crops=self._crops,
-            refine=default_refine(self.predictor.image_size),
+            refine=default_refine(predictor.image_size),
             memo=self._memo,
         )
 
-    def automatic_masks(self, embedding: Embedding) -> list[AutomaticMask]:
+    def automatic_masks(self, predictor: Predictor, embedding: Embedding) -> list[AutomaticMask]:
         """Find the things in an image without any prompt, largest first."""
         return self._batches.submit(
             generate_masks,
-            self.predictor,
+            predictor,
             embedding,
             pause=self._lanes.give_way,
             **self._automatic_options,
@@ -184,6 +196,7 @@ class Engine:
 
     def _decode(
         self,
+        predictor: Predictor,
         embedding: Embedding,
         prompts: Sequence[ObjectPrompt],
         *,
@@ -191,11 +204,12 @@ class Engine:
     ) -> list[ObjectMasks]:
         with self._lanes.decoding():
             return self._decoding.submit(
-                self.predictor.decode, embedding, prompts, multimask_output=multimask_output
+                predictor.decode, embedding, prompts, multimask_output=multimask_output
             ).result()
 
     def _decode_in_a_batch(
         self,
+        predictor: Predictor,
         embedding: Embedding,
         prompts: Sequence[ObjectPrompt],
         *,
@@ -203,18 +217,18 @@ class Engine:
     ) -> list[ObjectMasks]:
         def decode() -> list[ObjectMasks]:
             self._lanes.give_way()
-            return self.predictor.decode(embedding, prompts, multimask_output=multimask_output)
+            return predictor.decode(embedding, prompts, multimask_output=multimask_output)
 
         return self._batches.submit(decode).result()
 
-    def _kept(self, key: EmbeddingKey) -> Embedding | None:
+    def _kept(self, key: EmbeddingKey, predictor: Predictor) -> Embedding | None:
         """Look an embedding up in memory, then on disk; what was there is in memory then."""
         with self._reading:  # so that many who ask for one file read it once
             kept = self.embeddings.get(key)
             if kept is None and self._store is not None:
                 kept = self._store.read(key)
                 if kept is not None:
-                    on_device = kept.image_embeddings.to(self.predictor.device)
+                    on_device = kept.image_embeddings.to(predictor.device)
                     kept = replace(kept, image_embeddings=on_device)
                     self.embeddings.put(key, kept)
             return kept

@@ -10,10 +10,10 @@ from ml_backend.embeddings import EmbeddingKey, EmbeddingStore
 from ml_backend.errors import BackendError, SettingsError
 from ml_backend.images import ImageLoader
 from ml_backend.label_config import ImageTag, parse_label_config
-from ml_backend.label_studio import LabelStudioClient
+from ml_backend.label_studio import LabelStudioClient, project_name
+from ml_backend.models import Models
 from ml_backend.settings import Settings
 from sam_ext.errors import SamExtError
-from sam_ext.predictor import Predictor
 
 __all__ = ["WarmReport", "warm_project"]
 
@@ -35,7 +35,7 @@ def warm_project(
     project_id: int,
     *,
     settings: Settings,
-    predictor: Predictor,
+    models: Models,
     store: EmbeddingStore | None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> WarmReport:
@@ -45,7 +45,7 @@ def warm_project(
         client: The project's Label Studio.
         project_id: The project.
         settings: The service's, for its limits and folders.
-        predictor: The service's model.
+        models: The service's; the one that the project is served embeds.
         store: Where the service looks for embeddings.
         progress: Told how many tasks are done, and of how many.
 
@@ -59,6 +59,7 @@ def warm_project(
             "EMBEDDING_DISK_BYTES must be above 0 to keep embeddings on disk, got 0"
         )
     project = client.get_project(project_id)
+    predictor = models.for_project(project_name(project)).predictor
     tags = parse_label_config(str(project["label_config"])).images
     images = ImageLoader(settings, lambda _task: client)
     total, report = int(project.get("task_number") or 0), WarmReport()
@@ -67,7 +68,7 @@ def warm_project(
         for task_of_one, tag in _addresses(task, tags):
             try:
                 image = images.load(task_of_one, tag.value_key)
-                key = EmbeddingKey(image.content_hash, predictor.fingerprint)
+                key = EmbeddingKey(image.content_hash, predictor.embedding_fingerprint)
                 kept = store.read(key)
                 embedding = kept or predictor.embed(image.pixels)
             except (BackendError, SamExtError) as error:

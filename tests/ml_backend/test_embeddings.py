@@ -177,6 +177,30 @@ def test_the_store_keeps_to_its_bound_and_drops_what_was_used_longest_ago(tmp_pa
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_what_is_of_a_model_that_is_gone_goes_first(tmp_path):
+    folder = tmp_path / "embeddings"
+    models = {name: tmp_path / "versions" / name for name in ("gone", "there")}
+    store = EmbeddingStore(folder, max_bytes=int(3.5 * FILE_BYTES))
+    for name, place in models.items():
+        place.mkdir(parents=True)
+        store.belongs_to(f"{name} {'0' * 16}", place)
+    fingerprints = {name: f"{name} {'0' * 16}" for name in models}
+    keys = [key("a"), key("a", fingerprints["there"]), key("a", fingerprints["gone"])]
+    for one in keys:
+        store.write(one, large(1))
+        time.sleep(0.02)  # for the files' times
+    models["gone"].rmdir()
+    store.write(key("b"), large(1))
+    assert [one in store for one in keys] == [True, True, False]
+    assert [path.read_text() for path in folder.glob("of-*")] == ["../versions/there"]
+
+
+def test_whose_embeddings_they_are_can_be_lost_with_the_disk(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    EmbeddingStore(tmp_path / "file", max_bytes=10**6).belongs_to("fingerprint", tmp_path)
+    assert "must be a folder that embeddings can be kept in" in caplog.text
+
+
 def test_the_bound_holds_over_many_writes_of_small_entries(tmp_path):
     bound = 100 * FILE_BYTES
     stores = [EmbeddingStore(tmp_path, max_bytes=bound) for _ in range(2)]  # as two workers

@@ -75,10 +75,8 @@ def image(seed: int, decode=None) -> LoadedImage:
 def make_engine():
     engines = []
 
-    def make(predictor: Predictor, *, cache_bytes=2**24, max_waiting: int = 4, **options) -> Engine:
-        engines.append(
-            Engine(predictor, cache_bytes=cache_bytes, max_waiting=max_waiting, **options)
-        )
+    def make(*, cache_bytes=2**24, max_waiting: int = 4, **options) -> Engine:
+        engines.append(Engine(cache_bytes=cache_bytes, max_waiting=max_waiting, **options))
         return engines[-1]
 
     yield make
@@ -88,7 +86,7 @@ def make_engine():
 
 def test_answers_as_the_predictor_does(small_sam, make_engine):
     predictor = Predictor(small_sam)
-    got = make_engine(predictor).answer(image(1), [POINT, BOX])
+    got = make_engine().answer(predictor, image(1), [POINT, BOX])
     expected = predictor.decode(predictor.embed(pixels(1)), [POINT, BOX])
     for prompt, one, other in zip([POINT, BOX], got, expected, strict=True):
         np.testing.assert_array_equal(one.mask, other.masks[other.best(prompt)])
@@ -96,46 +94,49 @@ def test_answers_as_the_predictor_does(small_sam, make_engine):
 
 
 def test_a_known_image_is_neither_decoded_nor_encoded_again(small_sam, make_engine):
-    engine = make_engine(Predictor(small_sam))
+    predictor = Predictor(small_sam)
+    engine = make_engine()
 
     def fail() -> np.ndarray:
         raise AssertionError("the pixels were asked for")
 
-    first = engine.embed(image(1))
-    assert engine.embed(image(1, decode=fail)) is first
+    first = engine.embed(predictor, image(1))
+    assert engine.embed(predictor, image(1, decode=fail)) is first
 
 
 def test_an_image_that_does_not_decode_is_asked_again_the_next_time(small_sam, make_engine):
-    engine = make_engine(Predictor(small_sam))
+    predictor = Predictor(small_sam)
+    engine = make_engine()
 
     def fail() -> np.ndarray:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        engine.embed(image(1, decode=fail))
-    assert engine.embed(image(1)).original_size == (40, 56)
+        engine.embed(predictor, image(1, decode=fail))
+    assert engine.embed(predictor, image(1)).original_size == (40, 56)
 
 
 def test_what_is_no_prompt_is_said_to_the_caller(small_sam, make_engine):
-    engine = make_engine(Predictor(small_sam))
+    predictor = Predictor(small_sam)
+    engine = make_engine()
     prompt = ObjectPrompt(
         point_coords=np.empty((0, 2)), point_labels=np.empty(0), mask_input=np.zeros((3, 3))
     )
     with pytest.raises(PromptError, match="mask_input"):
-        engine.answer(image(1), [prompt])
+        engine.answer(predictor, image(1), [prompt])
 
 
 def test_a_drawing_on_a_known_image_passes_by_an_encode(small_sam, make_engine):
     predictor = SteppedPredictor(small_sam)
-    engine = make_engine(predictor)
+    engine = make_engine()
     predictor.go_on.release()
-    engine.embed(image(1))
+    engine.embed(predictor, image(1))
     assert predictor.encoding.acquire(timeout=WAIT_S)
-    other = threading.Thread(target=engine.embed, args=(image(2),))
+    other = threading.Thread(target=engine.embed, args=(predictor, image(2)))
     other.start()
     assert predictor.encoding.acquire(timeout=WAIT_S)  # it encodes now, and waits there
 
-    (answer,) = engine.answer(image(1), [BOX])
+    (answer,) = engine.answer(predictor, image(1), [BOX])
     assert answer.mask.shape == (40, 56)
     assert predictor.encoded == 1
     predictor.go_on.release()
@@ -145,13 +146,15 @@ def test_a_drawing_on_a_known_image_passes_by_an_encode(small_sam, make_engine):
 
 def test_a_drawing_never_waits_for_prefetching(small_sam, make_engine):
     predictor = SteppedPredictor(small_sam)
-    engine = make_engine(predictor)
+    engine = make_engine()
     prefetch = threading.Thread(
-        target=engine.embed, args=(image(1),), kwargs={"priority": Priority.NEIGHBOUR}
+        target=engine.embed,
+        args=(predictor, image(1)),
+        kwargs={"priority": Priority.NEIGHBOUR},
     )
     prefetch.start()
     assert predictor.encoding.acquire(timeout=WAIT_S)
-    drawing = threading.Thread(target=engine.answer, args=(image(2), [BOX]))
+    drawing = threading.Thread(target=engine.answer, args=(predictor, image(2), [BOX]))
     drawing.start()
     assert predictor.encoding.acquire(timeout=WAIT_S)
     # Whichever of the two goes on first, it can only be the drawing's that gets to its end.
@@ -164,8 +167,10 @@ def test_a_drawing_never_waits_for_prefetching(small_sam, make_engine):
 
 def test_images_are_encoded_one_after_the_other(small_sam, make_engine):
     predictor = SteppedPredictor(small_sam)
-    engine = make_engine(predictor)
-    threads = [threading.Thread(target=engine.embed, args=(image(seed),)) for seed in range(4)]
+    engine = make_engine()
+    threads = [
+        threading.Thread(target=engine.embed, args=(predictor, image(seed))) for seed in range(4)
+    ]
     for thread in threads:
         thread.start()
     predictor.go_on.release(len(threads))
@@ -174,8 +179,8 @@ def test_images_are_encoded_one_after_the_other(small_sam, make_engine):
     assert (predictor.encoded, predictor.most_running) == (4, 1)
 
 
-def test_a_full_queue_says_so_and_when_to_come_back(small_sam, make_engine):
-    engine = make_engine(Predictor(small_sam), max_waiting=2)
+def test_a_full_queue_says_so_and_when_to_come_back(make_engine):
+    engine = make_engine(max_waiting=2)
     with engine.admitted():
         with engine.admitted():
             assert engine.waiting == 2
@@ -191,16 +196,17 @@ def test_a_full_queue_says_so_and_when_to_come_back(small_sam, make_engine):
     )
 
 
-def test_a_place_is_given_back_after_a_failure(small_sam, make_engine):
-    engine = make_engine(Predictor(small_sam), max_waiting=1)
+def test_a_place_is_given_back_after_a_failure(make_engine):
+    engine = make_engine(max_waiting=1)
     with pytest.raises(ZeroDivisionError), engine.admitted():
         1 / 0  # noqa: B018
     assert engine.waiting == 0
 
 
 def test_automatic_masks_are_those_of_the_image(small_sam, make_engine):
-    engine = make_engine(Predictor(make_sure_of_itself(small_sam)))
-    found = engine.automatic_masks(engine.embed(image(1)))
+    predictor = Predictor(make_sure_of_itself(small_sam))
+    engine = make_engine()
+    found = engine.automatic_masks(predictor, engine.embed(predictor, image(1)))
     assert found
     assert {one.mask.shape for one in found} == {(40, 56)}
 
@@ -208,21 +214,22 @@ def test_automatic_masks_are_those_of_the_image(small_sam, make_engine):
 @pytest.mark.parametrize("is_survey", [False, True])
 def test_batches_stand_still_while_somebody_draws(small_sam, make_engine, is_survey):
     options = {"points_per_side": 1}  # so that it would be done in no time
-    engine = make_engine(Predictor(make_sure_of_itself(small_sam)), automatic_options=options)
-    embedding = engine.embed(image(1))
+    predictor = Predictor(make_sure_of_itself(small_sam))
+    engine = make_engine(automatic_options=options)
+    embedding = engine.embed(predictor, image(1))
     done = threading.Event()
 
     def batch() -> None:
         if is_survey:
-            engine.automatic_masks(embedding)
+            engine.automatic_masks(predictor, embedding)
         else:
-            engine.answer(image(1), [BOX], priority=Priority.BATCH)
+            engine.answer(predictor, image(1), [BOX], priority=Priority.BATCH)
         done.set()
 
     thread = threading.Thread(target=batch)
     with engine._lanes.decoding():
         thread.start()
-        engine.answer(image(1), [BOX])
+        engine.answer(predictor, image(1), [BOX])
         assert not done.wait(0.2)
     thread.join(WAIT_S)
     assert done.is_set()
@@ -242,8 +249,8 @@ def test_a_small_object_is_looked_at_in_a_crop_that_is_kept_like_an_image(
     predictor = CountingPredictor(small_sam)
     for _ in range(2):  # the second one finds it on disk
         store = EmbeddingStore(tmp_path, max_bytes=2**24)
-        engine = make_engine(predictor, store=store, crops=CROPS)
-        answers = [engine.answer(image(1), [SMALL_BOX])[0] for _ in range(2)]
+        engine = make_engine(store=store, crops=CROPS)
+        answers = [engine.answer(predictor, image(1), [SMALL_BOX])[0] for _ in range(2)]
         assert [answer.crop for answer in answers] == predictor.crops * 2
         engine.close()
     (crop,) = predictor.crops
@@ -252,23 +259,24 @@ def test_a_small_object_is_looked_at_in_a_crop_that_is_kept_like_an_image(
 
 def test_without_crops_it_is_looked_at_in_the_whole_image(small_sam, make_engine):
     predictor = CountingPredictor(small_sam)
-    make_engine(predictor).answer(image(1), [SMALL_BOX])
+    make_engine().answer(predictor, image(1), [SMALL_BOX])
     assert predictor.crops == [None]
 
 
 def test_after_a_restart_the_answer_is_the_same_and_nothing_is_encoded(
     small_sam, make_engine, tmp_path
 ):
-    engine = make_engine(Predictor(small_sam), store=EmbeddingStore(tmp_path, max_bytes=2**24))
-    (before,) = engine.answer(image(1), [POINT])
+    predictor = Predictor(small_sam)
+    engine = make_engine(store=EmbeddingStore(tmp_path, max_bytes=2**24))
+    (before,) = engine.answer(predictor, image(1), [POINT])
     engine.close()  # which waits until it is written
 
     def fail() -> np.ndarray:
         raise AssertionError("the pixels were asked for")
 
     predictor = CountingPredictor(small_sam)
-    engine = make_engine(predictor, store=EmbeddingStore(tmp_path, max_bytes=2**24))
-    (after,) = engine.answer(image(1, decode=fail), [POINT])
+    engine = make_engine(store=EmbeddingStore(tmp_path, max_bytes=2**24))
+    (after,) = engine.answer(predictor, image(1, decode=fail), [POINT])
     assert predictor.crops == []
     np.testing.assert_array_equal(after.candidates.low_res_logits, before.candidates.low_res_logits)
     np.testing.assert_array_equal(after.mask, before.mask)
@@ -276,15 +284,16 @@ def test_after_a_restart_the_answer_is_the_same_and_nothing_is_encoded(
 
 def test_an_image_on_disk_does_not_wait_for_an_encode(small_sam, make_engine, tmp_path):
     store = EmbeddingStore(tmp_path, max_bytes=2**24)
-    engine = make_engine(Predictor(small_sam), store=store)
-    engine.embed(image(1))
+    predictor = Predictor(small_sam)
+    engine = make_engine(store=store)
+    engine.embed(predictor, image(1))
     engine.close()
     predictor = SteppedPredictor(small_sam)
-    engine = make_engine(predictor, store=store)
-    other = threading.Thread(target=engine.embed, args=(image(2),))
+    engine = make_engine(store=store)
+    other = threading.Thread(target=engine.embed, args=(predictor, image(2)))
     other.start()
     assert predictor.encoding.acquire(timeout=WAIT_S)
-    engine.answer(image(1), [BOX])
+    engine.answer(predictor, image(1), [BOX])
     assert predictor.encoded == 0
     predictor.go_on.release()
     other.join(WAIT_S)
@@ -295,12 +304,14 @@ def test_what_others_have_put_on_disk_while_it_waited_is_not_encoded(
 ):
     predictor = SteppedPredictor(small_sam)
     store = EmbeddingStore(tmp_path, max_bytes=2**24)
-    engine = make_engine(predictor, store=store)
-    threads = [threading.Thread(target=engine.embed, args=(image(seed),)) for seed in (1, 2)]
+    engine = make_engine(store=store)
+    threads = [
+        threading.Thread(target=engine.embed, args=(predictor, image(seed))) for seed in (1, 2)
+    ]
     threads[0].start()
     assert predictor.encoding.acquire(timeout=WAIT_S)
     threads[1].start()
-    key = EmbeddingKey("hash 2", predictor.fingerprint)
+    key = EmbeddingKey("hash 2", predictor.embedding_fingerprint)
     while key not in engine._lanes._jobs:
         pass
     store.write(key, Predictor(small_sam).embed(pixels(2)))
@@ -313,36 +324,39 @@ def test_what_others_have_put_on_disk_while_it_waited_is_not_encoded(
 def test_what_is_used_from_memory_stays_on_disk_too(small_sam, make_engine, tmp_path):
     predictor = Predictor(small_sam)
     store = EmbeddingStore(tmp_path, max_bytes=2**24)
-    engine = make_engine(predictor, store=store)
-    engine.embed(image(1))
-    key = EmbeddingKey("hash 1", predictor.fingerprint)
+    engine = make_engine(store=store)
+    engine.embed(predictor, image(1))
+    key = EmbeddingKey("hash 1", predictor.embedding_fingerprint)
     while key not in store:
         pass
     (path,) = tmp_path.iterdir()
     os.utime(path, (0, 0))
-    engine.embed(image(1))
+    engine.embed(predictor, image(1))
     assert path.stat().st_mtime > 0
 
 
 def test_without_memory_or_disk_it_still_answers(small_sam, make_engine, tmp_path):
     (tmp_path / "file").touch()
     store = EmbeddingStore(tmp_path / "file", max_bytes=2**24)
-    engine = make_engine(Predictor(small_sam), cache_bytes=0, store=store)
+    predictor = Predictor(small_sam)
+    engine = make_engine(cache_bytes=0, store=store)
     for _ in range(2):
-        assert engine.answer(image(1), [BOX])[0].mask.shape == (40, 56)
+        assert engine.answer(predictor, image(1), [BOX])[0].mask.shape == (40, 56)
 
 
 def test_nothing_is_held_on_to_beyond_the_caches_bounds(small_sam, make_engine, tmp_path):
     predictor = CountingPredictor(small_sam)
     one = predictor.embed(pixels(0)).nbytes
     store = EmbeddingStore(tmp_path, max_bytes=20 * one)
-    engine = make_engine(predictor, cache_bytes=4 * one, store=store, crops=CROPS)
+    engine = make_engine(cache_bytes=4 * one, store=store, crops=CROPS)
     made = []
     for seed in range(40):
         loaded = image(seed)
-        answers = engine.answer(loaded, [POINT, SMALL_BOX])
+        answers = engine.answer(predictor, loaded, [POINT, SMALL_BOX])
         made += [weakref.ref(each) for each in (loaded, loaded.pixels, *answers)]
-        made += [weakref.ref(engine.embed(loaded, crop=answer.crop)) for answer in answers]
+        made += [
+            weakref.ref(engine.embed(predictor, loaded, crop=answer.crop)) for answer in answers
+        ]
     del loaded, answers
     gc.collect()
     assert len(predictor.crops) == 1 + 40 * 2

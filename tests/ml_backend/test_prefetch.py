@@ -20,22 +20,34 @@ WAIT_S = 20
 class Recorder(Engine):
     """Notes what is embedded, for whom, in which order."""
 
-    def __init__(self, predictor: Predictor) -> None:
-        super().__init__(predictor, cache_bytes=2**24, max_waiting=4)
+    def __init__(self) -> None:
+        super().__init__(cache_bytes=2**24, max_waiting=4)
         self.asked: list[tuple[str, Priority]] = []
 
-    def embed(self, loaded: LoadedImage, *, priority=Priority.DRAWING, **options):
+    def embed(self, predictor, loaded: LoadedImage, *, priority=Priority.DRAWING, **options):
         self.asked.append((loaded.uri, priority))
-        return super().embed(loaded, priority=priority, **options)
+        return super().embed(predictor, loaded, priority=priority, **options)
+
+
+class OneModelPrefetcher(Prefetcher):
+    """Embeds with one model for all projects."""
+
+    def __init__(self, engine: Engine, predictor: Predictor) -> None:
+        super().__init__(engine)
+        self._predictor = predictor
+
+    def open(self, project, own, following, predictor=None) -> None:
+        predictor = predictor or (lambda: self._predictor)
+        super().open(project, predictor=predictor, own=own, following=following)
 
 
 @pytest.fixture
 def make():
     made = []
 
-    def call(predictor: Predictor) -> tuple[Recorder, Prefetcher]:
-        engine = Recorder(predictor)
-        made.append((engine, Prefetcher(engine)))
+    def call(predictor: Predictor) -> tuple[Recorder, OneModelPrefetcher]:
+        engine = Recorder()
+        made.append((engine, OneModelPrefetcher(engine, predictor)))
         return made[-1]
 
     yield call

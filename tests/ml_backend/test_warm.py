@@ -6,11 +6,15 @@ from ml_backend.embeddings import EmbeddingKey, EmbeddingStore
 from ml_backend.errors import LabelConfigError, LabelStudioError, SettingsError
 from ml_backend.images import ImageLoader
 from ml_backend.label_studio import LabelStudioClient
+from ml_backend.models import Models, ServedModel
+from ml_backend.registry import Registry, Version
 from ml_backend.settings import Settings
 from ml_backend.warm import WarmReport, warm_project
+from sam_ext.adapters import apply_adapter
 from tests.ml_backend.backend import encoded, random_image
 from tests.ml_backend.servers import Answer, FakeLabelStudio
 from tests.ml_backend.test_engine import CountingPredictor
+from tests.ml_backend.versions import add_version
 
 CONFIG = '<View><Image name="image" value="$image"/></View>'
 
@@ -18,7 +22,14 @@ CONFIG = '<View><Image name="image" value="$image"/></View>'
 @pytest.fixture
 def label_studio():
     with FakeLabelStudio() as server:
-        server.projects = [{"id": 1, "label_config": CONFIG, "task_number": 3}]
+        server.projects = [
+            {
+                "id": 1,
+                "label_config": CONFIG,
+                "task_number": 3,
+                "created_at": "1970-01-01T00:00:05Z",
+            }
+        ]
         for number in (1, 2, 3):
             path = f"/data/upload/1/{number}.png"
             body = encoded(random_image(number, size_hw=(40, 56)))
@@ -33,13 +44,29 @@ def predictor(small_sam):
 
 
 @pytest.fixture
-def warm(tmp_path, label_studio, predictor):
+def registry(tmp_path):
+    return Registry(tmp_path / "projects", keep=3)
+
+
+@pytest.fixture
+def models(predictor, registry, small_sam):
+    def load(version: Version) -> CountingPredictor:
+        return CountingPredictor(apply_adapter(small_sam, version.adapter))
+
+    base = ServedModel(predictor=predictor, model_version="base")
+    models = Models(base, registry=registry, load=load, max_loaded=1)
+    yield models
+    models.close()
+
+
+@pytest.fixture
+def warm(tmp_path, label_studio, models):
     client = LabelStudioClient(label_studio.url, label_studio.personal_access_token)
     settings = Settings(data_dir=tmp_path)
     store = EmbeddingStore(settings.embeddings_dir, max_bytes=10**7)
 
     def call(project=1, **options) -> WarmReport:
-        options = {"settings": settings, "predictor": predictor, "store": store} | options
+        options = {"settings": settings, "models": models, "store": store} | options
         return warm_project(client, project, **options)
 
     return call
@@ -55,9 +82,22 @@ def test_every_image_is_where_the_service_looks_for_it(warm, tmp_path, label_stu
     store = EmbeddingStore(settings.embeddings_dir, max_bytes=10**7)
     for task in label_studio.tasks:
         image = ImageLoader(settings, lambda _: client).load(task, "image")
-        kept = store.read(EmbeddingKey(image.content_hash, predictor.fingerprint))
+        kept = store.read(EmbeddingKey(image.content_hash, predictor.embedding_fingerprint))
         assert kept.original_size == (40, 56)
     assert report.nbytes == 3 * kept.nbytes
+
+
+def test_the_version_that_the_project_is_served_embeds(
+    warm, registry, models, predictor, small_sam, tmp_path
+):
+    version = add_version(registry, "1.5", small_sam, tmp_path / "adapter")
+    registry.project("1.5").activate(version.number)
+    assert warm().embedded == 3
+    assert predictor.crops == []
+    assert len(models.for_project("1.5").predictor.crops) == 3
+    registry.project("1.5").rollback()
+    assert warm().embedded == 3
+    assert len(predictor.crops) == 3
 
 
 def test_it_resumes_where_it_was_stopped(warm, label_studio, predictor, tmp_path):
