@@ -26,6 +26,7 @@ __all__ = [
     "answer_prompts",
     "default_crops",
     "default_refine",
+    "first_crop",
 ]
 
 # A crop is worth an encode of its own if it shows the object at least this much larger.
@@ -238,7 +239,7 @@ def answer_prompts(
     answers: dict[int, Answer] = {}
     on_whole_image: dict[int, Answer] = {}
     pending = {
-        index: _first_crop(predictor, prompt, image_hw, crops)
+        index: first_crop(predictor, prompt, image_hw, crops)
         for index, prompt in enumerate(prompts)
     }
     while pending:
@@ -263,13 +264,23 @@ def answer_prompts(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _first_crop(
+def first_crop(
     predictor: Predictor,
     prompt: ObjectPrompt,
     image_hw: tuple[int, int],
     crops: CropPolicy | None,
 ) -> Crop | None:
-    """Choose where a prompt is asked first: only a box says how large the object is."""
+    """Choose where a prompt is asked first: only a box says how large the object is.
+
+    Args:
+        predictor: The model.
+        prompt: The object.
+        image_hw: The image's size.
+        crops: When to use crops; None never does.
+
+    Returns:
+        The crop; None for the whole image.
+    """
     if crops is None or prompt.box_xyxy is None or prompt.mask_input is not None:
         return None
     return _crop_if_small(predictor, prompt, prompt.box_xyxy, image_hw, crops)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import sam_ext.evaluate
-from sam_ext.evaluate import prompts, resolution
+from sam_ext.evaluate import adaptation, prompts, resolution
 from sam_ext.evaluate.common import print_rows
 
 __all__ = ["main"]
 
-_TABLES = {"prompts": prompts, "resolution": resolution}
+_TABLES = {"prompts": prompts, "resolution": resolution, "adaptation": adaptation}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

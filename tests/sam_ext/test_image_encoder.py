@@ -107,6 +107,28 @@ def test_pieces_add_up_to_the_whole(small_sam, monkeypatch, logits, tokens):
         torch.testing.assert_close(encode_image(encoder, images), wanted, rtol=0, atol=1e-12)
 
 
+def test_checkpointing_gives_the_same_gradients_and_keeps_less(small_sam):
+    encoder = small_sam.image_encoder.double()
+    images = torch.randn(2, 3, 96, 112, dtype=torch.float64, requires_grad=True)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            if tensor.untyped_storage().data_ptr() not in weights:
+                sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            embeddings = encode_image(encoder, images, checkpointing=checkpointing)
+        kept.append(sum(sizes))
+        (gradient,) = torch.autograd.grad(embeddings.square().sum(), images)
+        gradients.append(gradient)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-10)
+    assert kept[1] < 0.75 * kept[0]
+
+
 def test_it_pauses_between_blocks_and_within_long_attention(small_sam, monkeypatch):
     calls = []
     images = torch.randn(1, 3, 64, 96)

@@ -1,0 +1,342 @@
+"""Judges a candidate model on labels that it was not trained on, before it may serve."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sam_ext.errors import ConfigError
+from sam_ext.evaluate.common import box_prompt, center_point, points_prompt, tight_box
+from sam_ext.interactive import CropPolicy, answer_prompts
+from sam_ext.metrics import iou
+from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
+from sam_ext.training.robust import noisy_boxes
+
+__all__ = ["JudgedImage", "JudgedObject", "Judgement", "JudgementRow", "ModelName", "judge"]
+
+ModelName = Literal["candidate", "active", "base"]
+
+_ALL = "all"
+_JITTER = 0.2  # of boxes, as `noisy_boxes` takes it
+_FALL = 0.02  # of a label's mean, that is forgiven
+_FEW = 5  # objects, of which a label has at least so many to count by itself
+_FARTHEST = 0.6  # distance from the base model, beyond which masks count as collapsed
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JudgedObject:
+    """A held-out object and what is known of it; coordinates are (x, y) in pixels of the image."""
+
+    label: str
+    """What it was called."""
+    mask: NDArray[np.bool_] | None
+    """[H, W], the truth; None where there are weak labels alone."""
+    box_xyxy: NDArray[np.floating[Any]] | None
+    """[4], as drawn; None where nobody drew one."""
+    point_coords: NDArray[np.floating[Any]]
+    """[T, 2]; T may be 0."""
+    point_labels: NDArray[np.integer[Any]]
+    """[T], 1 for the object and 0 for what is not it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JudgedImage:
+    """A held-out image and its objects."""
+
+    name: str
+    """Tells it from the others; decides the simulated noise together with the seed."""
+    read: Callable[[], NDArray[np.uint8]]
+    """Gives the pixels [H, W, 3]."""
+    objects: tuple[JudgedObject, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgementRow:
+    """One model's mean on one kind of prompt."""
+
+    model: str
+    """`candidate`, `active` or `base`."""
+    prompt: str
+    """`tight box`, `jittered box` or `point`."""
+    measure: str
+    """`iou` with the true mask; `box agreement`: IoU of the mask's box with the drawn one; `point
+    agreement`: the share of the drawn points that the mask agrees with."""
+    label: str
+    """The objects' label, or `all`."""
+    objects: int
+    value: float
+    """The mean over the objects, 0..1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What was measured and what follows."""
+
+    rows: tuple[JudgementRow, ...]
+    means: dict[str, float]
+    """The mean over all objects, prompts and measures, by model; empty without objects."""
+    distance: float
+    """1 - the mean IoU of the candidate's masks with the base model's; 0 without objects."""
+    promoted: bool
+    """Whether the candidate may serve."""
+    sentence: str
+    """The decision and its reason, for a person."""
+
+
+class _Question(NamedTuple):
+    """A prompt, and how its answer is measured."""
+
+    kind: str
+    measure: str
+    label: str
+    prompt: ObjectPrompt
+    score: Callable[[NDArray[np.bool_]], float]
+
+
+class _Scores:
+    """What one model reached: values by prompt, measure and label."""
+
+    def __init__(self) -> None:
+        self.values: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
+
+    def add(self, question: _Question, value: float) -> None:
+        self.values[question.kind, question.measure, question.label].append(value)
+
+    def of(self, *, label: str = _ALL, kind: tuple[str, str] | None = None) -> list[float]:
+        """List the values of a label, or of a prompt and measure, or of both."""
+        return [
+            value
+            for (prompt, measure, one), values in self.values.items()
+            for value in values
+            if label in (_ALL, one) and kind in (None, (prompt, measure))
+        ]
+
+
+def judge(
+    models: Mapping[str, Predictor],
+    images: Sequence[JudgedImage],
+    *,
+    crops: CropPolicy | None,
+    margin: float,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Judgement:
+    """Measure three models on held-out labels and decide whether the candidate may serve.
+
+    An object with a true mask is asked for by its tight box, by a jittered one (0.2) and by its
+    centre, and the answers are compared with the mask. One with a drawn box is asked for by that
+    box, jittered, and by its centre, and the answers' boxes are compared with the drawn one. One
+    with drawn points is asked for by the first of those on it, and the answer is held against the
+    others, where there are others. All models get the same prompts, and answer as they would serve.
+
+    The candidate is promoted if its mean over all of that is higher than the active model's and the
+    base model's by the margin, no label of at least five objects falls by more than 0.02 against
+    the active model, and its masks have not collapsed: their mean IoU with the base model's is at
+    least 0.4. Weak labels alone would not notice that: a filled rectangle agrees with its box.
+
+    Args:
+        models: `candidate`, `active` and `base`; the last two may be the same object, which is
+            then measured once.
+        images: Held-out images; they are read one after the other.
+        crops: As the models are served.
+        margin: By how much better the candidate must be, at least 0.
+        seed: Decides the jitter, together with an image's name.
+        on_progress: Told how many images are judged, and of how many.
+
+    Raises:
+        ConfigError: If a model is missing, or `margin` is below 0.
+    """
+    if missing := set(get_args(ModelName)) - set(models):
+        raise ConfigError(
+            f"models must be candidate, active and base, and {', '.join(sorted(missing))} is "
+            "missing; give the base model as active where no version is"
+        )
+    if not margin >= 0:
+        raise ConfigError(f"margin must be at least 0, got {margin}")
+    distinct = {id(models[name]): models[name] for name in get_args(ModelName)}
+    scores = {key: _Scores() for key in distinct}
+    distances: list[float] = []
+    for done, image in enumerate(images):
+        if image.objects:
+            pixels = image.read()
+            questions = _questions(image, (pixels.shape[0], pixels.shape[1]), seed)
+            answers = {
+                key: _answers(predictor, pixels, questions, crops)
+                for key, predictor in distinct.items()
+            }
+            for key, masks in answers.items():
+                for question, mask in zip(questions, masks, strict=True):
+                    scores[key].add(question, question.score(mask))
+            distances += [
+                1 - iou(mine, theirs)
+                for mine, theirs in zip(
+                    answers[id(models["candidate"])], answers[id(models["base"])], strict=True
+                )
+            ]
+        if on_progress is not None:
+            on_progress(done + 1, len(images))
+    by_name = {name: scores[id(models[name])] for name in get_args(ModelName)}
+    distance = float(np.mean(distances)) if distances else 0.0
+    promoted, sentence = _decide(by_name, distance=distance, margin=margin)
+    return Judgement(
+        rows=tuple(row for name, one in by_name.items() for row in _rows(name, one)),
+        means={name: float(np.mean(one.of())) for name, one in by_name.items() if one.of()},
+        distance=distance,
+        promoted=promoted,
+        sentence=sentence,
+    )
+
+
+def _questions(image: JudgedImage, image_hw: tuple[int, int], seed: int) -> list[_Question]:
+    """Write down what is asked about an image, the same for all models."""
+    digest = hashlib.sha256(f"{seed} {image.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    jittered = partial(_jittered, image_hw=image_hw, generator=generator)
+    questions = []
+    for one in image.objects:
+        ask = partial(_Question, label=one.label)
+        if one.mask is not None and one.mask.any():
+            box, score = tight_box(one.mask), partial(iou, one.mask)
+            center = points_prompt(center_point(one.mask)[None])
+            questions += [
+                ask("tight box", "iou", prompt=box_prompt(box), score=score),
+                ask("jittered box", "iou", prompt=box_prompt(jittered(box)), score=score),
+                ask("point", "iou", prompt=center, score=score),
+            ]
+            continue
+        if one.box_xyxy is not None:
+            box = np.asarray(one.box_xyxy, np.float64)
+            score = partial(_box_agreement, box)
+            center = points_prompt((box[:2] + box[2:])[None] / 2)
+            questions += [
+                ask("jittered box", "box agreement", prompt=box_prompt(jittered(box)), score=score),
+                ask("point", "box agreement", prompt=center, score=score),
+            ]
+        on_it = np.flatnonzero(one.point_labels == 1)
+        if len(on_it):
+            first = int(on_it[0])
+            others = [i for i in range(len(one.point_labels)) if i != first] or [first]
+            score = partial(_point_agreement, one.point_coords[others], one.point_labels[others])
+            prompt = points_prompt(one.point_coords[first : first + 1])
+            questions.append(ask("point", "point agreement", prompt=prompt, score=score))
+    return questions
+
+
+def _jittered(
+    box_xyxy: NDArray[np.float64], *, image_hw: tuple[int, int], generator: torch.Generator
+) -> NDArray[np.float64]:
+    boxes = torch.from_numpy(box_xyxy)[None]
+    drawn = noisy_boxes(boxes, image_hw=image_hw, scale=_JITTER, generator=generator)
+    jittered: NDArray[np.float64] = drawn[0].numpy()
+    return jittered
+
+
+def _box_agreement(box_xyxy: NDArray[np.float64], mask: NDArray[np.bool_]) -> float:
+    """Overlap a mask's box with a drawn one: their IoU, 0 for an empty mask."""
+    if not mask.any():
+        return 0.0
+    got = tight_box(mask)
+    sides = np.minimum(got[2:], box_xyxy[2:]) - np.maximum(got[:2], box_xyxy[:2])
+    overlap = float(sides.clip(0).prod())
+    areas = float((got[2:] - got[:2]).prod() + (box_xyxy[2:] - box_xyxy[:2]).prod())
+    return overlap / (areas - overlap)
+
+
+def _point_agreement(
+    points: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]], mask: NDArray[np.bool_]
+) -> float:
+    """Return the share of points that a mask holds, or leaves out if their label is 0."""
+    height, width = mask.shape
+    columns = np.clip(np.floor(points[:, 0]), 0, width - 1).astype(np.intp)
+    rows = np.clip(np.floor(points[:, 1]), 0, height - 1).astype(np.intp)
+    return float((mask[rows, columns] == (labels == 1)).mean())
+
+
+def _answers(
+    predictor: Predictor,
+    pixels: NDArray[np.uint8],
+    questions: Sequence[_Question],
+    crops: CropPolicy | None,
+) -> list[NDArray[np.bool_]]:
+    """Answer as it would be served: [H, W] for each question."""
+
+    @cache
+    def embed(crop: Crop | None) -> Embedding:
+        return predictor.embed(pixels, crop=crop)
+
+    answers = answer_prompts(
+        predictor,
+        [question.prompt for question in questions],
+        image_hw=(pixels.shape[0], pixels.shape[1]),
+        embed=embed,
+        crops=crops,
+    )
+    return [answer.mask for answer in answers]
+
+
+def _rows(model: str, scores: _Scores) -> list[JudgementRow]:
+    kinds = dict.fromkeys((prompt, measure) for prompt, measure, _ in scores.values)
+    labels = sorted({label for _, _, label in scores.values})
+    return [
+        JudgementRow(
+            model=model,
+            prompt=kind[0],
+            measure=kind[1],
+            label=label,
+            objects=len(values),
+            value=float(np.mean(values)),
+        )
+        for kind in kinds
+        for label in (_ALL, *labels)
+        if (values := scores.of(label=label, kind=kind))
+    ]
+
+
+def _decide(scores: Mapping[str, _Scores], *, distance: float, margin: float) -> tuple[bool, str]:
+    """Say whether the candidate may serve, and why."""
+    if not scores["candidate"].of():
+        return False, "Kept the active model: no held-out image has an object to judge by."
+    means = {name: float(np.mean(one.of())) for name, one in scores.items()}
+    measured = (
+        f"{means['candidate']:.3f} against {means['active']:.3f} of the active and "
+        f"{means['base']:.3f} of the base model, over {len(scores['candidate'].of())} held-out "
+        "answers"
+    )
+    if distance > _FARTHEST:
+        return False, (
+            f"Kept the active model: the candidate's masks have little left of the base model's "
+            f"(mean IoU {1 - distance:.2f}, wanted {1 - _FARTHEST:.2f}), which looks like a "
+            f"collapse; it reached {measured}."
+        )
+    if means["candidate"] < max(means["active"], means["base"]) + margin:
+        return False, (
+            f"Kept the active model: the candidate reached {measured}, no gain of {margin:g}."
+        )
+    falls = _falls(scores)
+    if falls:
+        label, before, after = max(falls, key=lambda fall: fall[1] - fall[2])
+        return False, (
+            f"Kept the active model: the candidate reached {measured}, but fell from {before:.3f} "
+            f"to {after:.3f} on the label {label}."
+        )
+    return True, f"Promoted: the candidate reached {measured}."
+
+
+def _falls(scores: Mapping[str, _Scores]) -> list[tuple[str, float, float]]:
+    """List the labels that fall: label, the active model's mean, the candidate's."""
+    falls = []
+    for label in sorted({label for _, _, label in scores["active"].values}):
+        active, candidate = (scores[name].of(label=label) for name in ("active", "candidate"))
+        most = max(len(v) for (_, _, one), v in scores["active"].values.items() if one == label)
+        before, after = float(np.mean(active)), float(np.mean(candidate))
+        if most >= _FEW and after < before - _FALL:
+            falls.append((label, before, after))
+    return falls

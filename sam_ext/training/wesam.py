@@ -1,0 +1,709 @@
+"""WeSAM: a SAM adapts itself to a project's images with the weak labels that are there.
+
+The student sees a strong view of an image and learns the masks that the teacher, the same model,
+gives for a weak one. The anchor, the model as it was, keeps both from drifting off together. Only
+LoRA's few parameters in the image encoder are trained.
+
+Source:
+    Zhang et al., arXiv:2312.03502, and the official code.
+
+Differs from the source:
+    - The focal loss is weighed by its alpha of 0.8. The official call passes the number of masks in
+      alpha's place, and in the place of dice's smoothing.
+    - Dice is taken of each object by itself. The official one flattens all objects of an image into
+      one, where large objects drown small ones.
+    - The student's mask is cut at logit 0 for its IoU, as everybody's is. The official one is cut
+      at logit 0.5.
+    - Images are normalised by SAM's pixel mean and deviation. The official encoder gets 0..1.
+    - Images are padded at the bottom and right to whole patches, at the size and in the crops in
+      which they are served. The official code pads squares on all sides, as no released SAM was
+      trained.
+    - The background is one more instance of the contrastive loss, which is constantly 0 for an
+      image with one object otherwise.
+    - Losses are taken at the decoder's resolution, on pixels of the image. The official ones are
+      taken at the input's, sixteen times as many, padding included.
+    - A pseudo label is corrected by what the annotator asserted (`correct_pseudo_masks`): nothing
+      outside a drawn box or far from a rough mask, the points inside or outside as they say. Where
+      nothing is left of it, the anchor's mask takes its place.
+    - `projection_weight` adds a loss of box labels; `loose_prompts` lets the student answer looser
+      prompts than the teacher's; `box_of_points` asks teacher and anchor by a box that is estimated
+      from three points or more. All three are ours, and can be switched off.
+    - What follows from the frozen anchor is computed once for each view, not in every step.
+    - Nothing is chosen by a test split; the last step's model is what comes out.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from sam_ext.ba_sam import BaSamConfig
+from sam_ext.errors import CheckpointError, ConfigError
+from sam_ext.image_encoder import Precision, encode_image, resolve_precision
+from sam_ext.interactive import CropPolicy, default_crops
+from sam_ext.lora import attach_lora, load_lora_state, lora_parameters, lora_state
+from sam_ext.mask_decoder import decode_masks
+from sam_ext.predictor import ObjectPrompt, Predictor
+from sam_ext.prompt_encoder import (
+    BOX_BOTTOM_RIGHT,
+    BOX_TOP_LEFT,
+    NOT_A_POINT,
+    dense_position_encoding,
+    embed_dense,
+    embed_tokens,
+)
+from sam_ext.resolution import ResolutionPolicy, default_policy
+from sam_ext.sam import Sam
+from sam_ext.stable_sam import StableSam
+from sam_ext.training.losses import dice_loss, mask_iou
+from sam_ext.training.parts import MASK_STRIDE, Kept, PartSource, PromptChoice, View
+from sam_ext.training.robust import noisy_boxes, random_points
+from sam_ext.training.views import FLIPS, strong_view
+from sam_ext.training.weak import WeakImage
+from sam_ext.training.wesam_losses import (
+    box_projection_loss,
+    contrastive_loss,
+    pooled_features,
+    self_training_focal_loss,
+)
+
+__all__ = ["PromptChoice", "WesamConfig", "WesamStep", "adapt", "default_steps"]
+
+_LOG = logging.getLogger(__name__)
+
+_SAVE_STEPS = 20
+_SAVE_S = 30.0
+_LOOSE_BOX = 0.2  # strength of `noisy_boxes`
+_POINTS_CHANCE, _MOST_POINTS = 0.5, 3  # that take a box's place
+
+
+def default_steps(images: int) -> int:
+    """Choose how long to adapt on so many images."""
+    return min(max(20 * images, 100), 400)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WesamConfig:
+    """One adaptation; losses are switched off by a weight of 0."""
+
+    steps: int | None = None
+    """None takes `default_steps`."""
+    learning_rate: float = 1e-3
+    """After the warm-up; a cosine brings it to 0."""
+    weight_decay: float = 1e-4
+    warmup_steps: int = 20
+    gradient_clip: float = 1.0
+    rank: int = 4
+    """LoRA's."""
+    focal_weight: float = 20.0
+    dice_weight: float = 1.0
+    iou_weight: float = 1.0
+    anchor_weight: float = 1.0
+    contrastive_weight: float = 1.0
+    projection_weight: float = 0.0
+    """Of `box_projection_loss`, for objects with a drawn box; not in the source."""
+    correct_pseudo_masks: bool = True
+    """Let what annotators asserted correct the teacher's masks; not in the source."""
+    loose_prompts: float = 0.5
+    """How often the student is asked more loosely than the teacher, by a jittered box, some of the
+    points, or points drawn from the teacher's mask; not in the source."""
+    box_of_points: bool = True
+    """Ask teacher and anchor with `with_box_of_points` in place of points; not in the source."""
+    prompts: PromptChoice = "auto"
+    """How objects are asked for, as `prompt_of` takes it; `none` asks for what the anchor finds by
+    itself, as `auto` does in an image without objects."""
+    targets: Literal["teacher", "masks"] = "teacher"
+    """`masks` learns the labels' masks as if they were exact: full supervision, to compare with."""
+    max_objects: int = 20
+    """Objects of one step, at most."""
+    policy: ResolutionPolicy | None = None
+    """At which size images are encoded; None takes `default_policy`."""
+    crops: CropPolicy | None = None
+    """In which crops small objects are served; None takes `default_crops`."""
+    crop_chance: float = 0.75
+    """How often an object that is served in a crop is seen there; else in the whole image."""
+    strong_chance: float = 0.5
+    """How often each transform of `strong_view` is applied."""
+    ba_sam: BaSamConfig | None = None
+    """What the encoder does away from its training size; None is plain SAM."""
+    precision: Precision = "auto"
+    """Of training, as `resolve_precision` takes it."""
+    gradient_checkpointing: bool = False
+    """Compute the encoder's blocks twice instead of keeping what is in them."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"WesamConfig.steps must be at least 1, got {self.steps}")
+        weights = {
+            name: getattr(self, name)
+            for name in (field.name for field in dataclasses.fields(self))
+            if name.endswith(("_weight", "_rate", "_decay", "_steps", "_clip"))
+        }
+        if bad := {n: v for n, v in weights.items() if not 0 <= v < math.inf}:
+            raise ConfigError(f"WesamConfig's numbers must be at least 0 and finite, got {bad}")
+        for name in ("loose_prompts", "crop_chance", "strong_chance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"WesamConfig.{name} must be in 0..1, got {getattr(self, name)}")
+        if min(self.rank, self.max_objects) < 1:
+            raise ConfigError(
+                "WesamConfig.rank and WesamConfig.max_objects must be at least 1, "
+                f"got {self.rank} and {self.max_objects}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WesamStep:
+    """How far an adaptation is."""
+
+    step: int
+    """Steps done, at least 1."""
+    steps: int
+    """Steps of the whole run."""
+    losses: dict[str, float]
+    """This step's losses by name, before they are weighed, and their weighed sum as `total`."""
+    eta_s: float
+    """Seconds that are left, by the pace since the run was begun or resumed."""
+
+
+def adapt(
+    sam: Sam,
+    images: Sequence[WeakImage],
+    config: WesamConfig,
+    *,
+    run_dir: Path | None = None,
+    on_step: Callable[[WesamStep], None] | None = None,
+    stable_sam: StableSam | None = None,
+    fabric: Fabric | None = None,
+) -> Sam:
+    """Adapt a copy of a SAM to images and their weak labels.
+
+    Args:
+        sam: The model, on the device to train on; it is not changed.
+        images: With what is known of their objects.
+        config: The run.
+        run_dir: Gets `last.pt` every 20 steps or 30 seconds. Where there is one of the same run, it
+            goes on from there, to the same end. None keeps nothing.
+        on_step: Called after each step; what it raises ends the run.
+        stable_sam: The plugin that the model is served with; it is not changed.
+        fabric: Already launched, to train on several devices, each with its own parts of the
+            images; None trains on the model's device alone.
+
+    Returns:
+        A new SAM with LoRA attached and trained, in evaluation mode; `save_lora` writes what is new
+        of it, `merge_lora` makes it plain.
+
+    Raises:
+        ConfigError: If the loss is not finite.
+        DataError: If there is no image, or no object that can be asked for as the config says.
+        CheckpointError: If `run_dir/last.pt` is of another run, or damaged.
+    """
+    device = sam.device
+    precision = resolve_precision(device, config.precision)
+    if fabric is None:
+        fabric = _single_device(device, precision)
+    policy = config.policy or default_policy(sam.image_encoder.img_size)
+    crops = config.crops or default_crops(sam.image_encoder.img_size)
+    anchor = Predictor(
+        sam,
+        ba_sam=config.ba_sam,
+        policy=policy,
+        precision=config.precision,
+        stable_sam=stable_sam,
+    )
+    parts = PartSource(
+        images,
+        anchor=anchor,
+        kind=config.prompts,
+        box_of_points=config.box_of_points,
+        crops=crops if config.crop_chance else None,
+        max_objects=config.max_objects,
+        crop_chance=config.crop_chance,
+        seed=config.seed,
+    )
+    steps = config.steps or default_steps(len(images))
+    adapted = _with_lora(sam, config)
+    branch = _Branch(adapted, stable_sam, config)
+    parameters = lora_parameters(adapted)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    last = (
+        None
+        if run_dir is None
+        else _LastStep(run_dir / "last.pt", _identity(anchor, images, config))
+    )
+    step = 0 if last is None else last.resume(adapted, optimizer)
+    module, optimizer = fabric.setup(branch, optimizer)
+    anchored = Kept(max_entries=1024)
+    ask_anchor = partial(_anchor_target, anchor, is_ambiguous=stable_sam is None)
+    generator = torch.Generator()
+    started, first_step = time.monotonic(), step
+    while step < steps:
+        own = step * fabric.world_size + fabric.global_rank
+        generator.manual_seed(config.seed * 1_000_003 + own)
+        part = parts.part(own)
+        flip = FLIPS[int(torch.randint(len(FLIPS), (), generator=generator))]
+        view = part.view.flipped(flip)
+        target = anchored.get((part.key, flip), partial(ask_anchor, view))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _pace(step, steps, config.warmup_steps)
+        losses = _backward(fabric, module, view, target, config, generator)
+        if not math.isfinite(losses["total"]):
+            raise ConfigError(
+                f"the loss must be finite, got {losses['total']} at step {step}; "
+                "lower WesamConfig.learning_rate"
+            )
+        fabric.clip_gradients(module, optimizer, max_norm=config.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if last is not None and fabric.is_global_zero:
+            last.save_if_due(adapted, optimizer, step, is_end=step == steps)
+        if on_step is not None:
+            elapsed = time.monotonic() - started
+            on_step(
+                WesamStep(
+                    step=step,
+                    steps=steps,
+                    losses=losses,
+                    eta_s=elapsed / (step - first_step) * (steps - step),
+                )
+            )
+    return adapted.eval()
+
+
+class _Branch(nn.Module):
+    """Student and teacher: one SAM, asked about one view."""
+
+    def __init__(self, sam: Sam, stable_sam: StableSam | None, config: WesamConfig) -> None:
+        super().__init__()
+        self.sam = sam
+        # Copied: gradients pass through it, and reach nothing in it.
+        self.stable_sam = copy.deepcopy(stable_sam)
+        if self.stable_sam is not None:
+            self.stable_sam.to(sam.device).requires_grad_(False)
+        self._config = config
+
+    def forward(self, image: Tensor, groups: Sequence[_Group]) -> _Seen:
+        """Ask for objects of an image [3, H, W] uint8; all groups together have P."""
+        sam, config = self.sam, self._config
+        patch: int = sam.image_encoder.patch_embed.proj.kernel_size[0]
+        height, width = image.shape[-2:]
+        pixels = (image.float() - sam.pixel_mean) / sam.pixel_std
+        pixels = F.pad(pixels, (0, -width % patch, 0, -height % patch))
+        embeddings = encode_image(
+            sam.image_encoder,
+            pixels[None],
+            ba_sam=config.ba_sam,
+            checkpointing=config.gradient_checkpointing,
+        )
+        grid = (embeddings.shape[-2], embeddings.shape[-1])
+        image_pe = dense_position_encoding(sam.prompt_encoder, grid)
+        dense = embed_dense(sam.prompt_encoder, None, grid_hw=grid)
+        size = (pixels.shape[-2], pixels.shape[-1])
+        decoded = [
+            decode_masks(
+                sam.mask_decoder,
+                embeddings,
+                image_pe=image_pe,
+                sparse_prompt_embeddings=embed_tokens(
+                    sam.prompt_encoder, group.coords, group.labels, input_size=size
+                ),
+                dense_prompt_embeddings=dense,
+                stable_sam=self.stable_sam,
+            )
+            for group in groups
+        ]
+        order = torch.cat([group.places for group in groups]).argsort()
+        logits = torch.cat([one.low_res_logits for one in decoded])[order]
+        return _Seen(
+            embeddings=_unpadded(embeddings, image, patch)[0].float(),
+            logits=_unpadded(logits, image, MASK_STRIDE).float(),
+            ious=torch.cat([one.iou_predictions for one in decoded])[order].float(),
+        )
+
+
+class _Group(NamedTuple):
+    """Objects asked for by equally many tokens."""
+
+    places: Tensor
+    """[K], where they stand among all objects."""
+    coords: Tensor
+    """[K, T, 2] in pixels of the view."""
+    labels: Tensor
+    """[K, T], as `embed_tokens` takes them."""
+
+
+class _Seen(NamedTuple):
+    """What a branch sees of P objects, padding left out."""
+
+    embeddings: Tensor
+    """[256, H / 16, W / 16]."""
+    logits: Tensor
+    """[P, 4, H / 4, W / 4]: the single mask, then the three of a point."""
+    ious: Tensor
+    """[P, 4]."""
+
+
+class _Target(NamedTuple):
+    """What the anchor says of a view."""
+
+    masks: Tensor
+    """[P, H / 4, W / 4] bool."""
+    token: Tensor
+    """[P], which of the four masks: the single one, or a single point's best of three."""
+    features: Tensor
+    """[P + 1, 256], the background last."""
+    is_ambiguous: bool
+    """Whether a single point has three masks; with a plugin it has the single one, too."""
+
+
+def _groups(prompts: Sequence[ObjectPrompt], device: torch.device) -> list[_Group]:
+    """Write prompts as SAM's labelled points, those of equally many together."""
+    by_count: defaultdict[int, list[int]] = defaultdict(list)
+    tokens = []
+    for index, prompt in enumerate(prompts):
+        coords, labels = [prompt.point_coords], [*prompt.point_labels.tolist()]
+        if prompt.box_xyxy is not None:
+            coords.append(prompt.box_xyxy.reshape(2, 2))
+            labels += [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
+        else:
+            coords.append(np.zeros((1, 2)))
+            labels.append(NOT_A_POINT)
+        tokens.append((np.concatenate(coords), labels))
+        by_count[len(labels)].append(index)
+    return [
+        _Group(
+            places=torch.tensor(members, device=device),
+            coords=torch.tensor(
+                np.stack([tokens[i][0] for i in members]), dtype=torch.float32, device=device
+            ),
+            labels=torch.tensor([tokens[i][1] for i in members], device=device),
+        )
+        for members in by_count.values()
+    ]
+
+
+def _unpadded(maps: Tensor, image: Tensor, stride: int) -> Tensor:
+    """Cut maps [..., h, w], one pixel for `stride` of the image's, off where the image ends."""
+    height, width = image.shape[-2:]
+    return maps[..., : -(-height // stride), : -(-width // stride)]
+
+
+def _pixels(image: Any, device: torch.device) -> Tensor:
+    return torch.tensor(image).permute(2, 0, 1).to(device)
+
+
+def _features(embeddings: Tensor, masks: Tensor) -> Tensor:
+    """Pool an image's features by objects' masks and by what none of them covers: [P + 1, C]."""
+    grid = F.interpolate(masks[None].float(), embeddings.shape[-2:], mode="bilinear")[0] > 0.5
+    background = ~grid.any(dim=0, keepdim=True)
+    return pooled_features(embeddings, torch.cat([grid, background]))
+
+
+@torch.no_grad()
+def _anchor_target(anchor: Predictor, view: View, *, is_ambiguous: bool) -> _Target:
+    """Ask the frozen model about a view."""
+    image = torch.from_numpy(view.image).permute(2, 0, 1)
+    embedding = anchor.embed(view.image)
+    patch = embedding.padded_size[0] // embedding.image_embeddings.shape[-2]
+    token, masks = [], []
+    answers = anchor.decode_low_res(embedding, view.teacher_prompts)
+    for prompt, (low_res, ious, _) in zip(view.teacher_prompts, answers, strict=True):
+        logits = _unpadded(low_res, image, MASK_STRIDE)
+        best = 0
+        if prompt.is_single_point and is_ambiguous:
+            x, y = (prompt.point_coords[0] // MASK_STRIDE).astype(int)
+            y, x = min(max(y, 0), logits.shape[1] - 1), min(max(x, 0), logits.shape[2] - 1)
+            holds = logits[1:, y, x] > 0
+            best = 1 + int((ious[1:] + 10 * holds).argmax())
+        token.append(best)
+        masks.append(logits[best] > 0)
+    features = _unpadded(embedding.image_embeddings, image, patch)[0].float()
+    return _Target(
+        masks=torch.stack(masks),
+        token=torch.tensor(token, device=anchor.device),
+        features=_features(features, torch.stack(masks)),
+        is_ambiguous=is_ambiguous,
+    )
+
+
+def _backward(
+    fabric: Fabric,
+    module: nn.Module,
+    view: View,
+    target: _Target,
+    config: WesamConfig,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Add one view's gradients to those of the parameters.
+
+    The teacher's part and the student's go back one after the other, so that only one view's
+    activations are in memory.
+
+    Returns:
+        The losses before they are weighed, and their weighed sum as `total`.
+    """
+    device = target.masks.device
+    weak = _pixels(view.image, device)
+    strong = strong_view(weak, generator=generator, chance=config.strong_chance)
+    pseudo = view.masks.to(device)
+    losses: dict[str, Tensor] = {}
+    total = 0.0
+    if config.targets == "teacher":
+        learns = config.anchor_weight > 0 or config.contrastive_weight > 0
+        with torch.set_grad_enabled(learns):
+            seen: _Seen = module(weak, _groups(view.teacher_prompts, device))
+            teacher = _chosen(seen.logits, target.token)
+            losses = _teacher_losses(seen, teacher, target, config)
+        if learns:
+            total += _go_back(fabric, losses, config)
+        pseudo = _pseudo_masks(teacher.detach() > 0, view, target, config)
+        del seen, teacher
+    prompts = view.prompts
+    is_loose = bool(torch.rand((), generator=generator) < config.loose_prompts)
+    if is_loose:
+        prompts = _loosened(prompts, pseudo, generator)
+    seen = module(strong, _groups(prompts, device))
+    of_student = _student_losses(seen, pseudo, prompts, view, target, config)
+    total += _go_back(fabric, of_student, config)
+    for name, value in of_student.items():
+        losses[name] = losses[name] + value if name in losses else value
+    return {name: float(value.detach()) for name, value in losses.items()} | {"total": total}
+
+
+def _go_back(fabric: Fabric, losses: Mapping[str, Tensor], config: WesamConfig) -> float:
+    """Add the gradients of the weighed sum of losses; return the sum."""
+    weighed = torch.stack(
+        [getattr(config, f"{name}_weight") * value for name, value in losses.items()]
+    ).sum()
+    fabric.backward(weighed)
+    return float(weighed.detach())
+
+
+def _chosen(logits: Tensor, token: Tensor) -> Tensor:
+    """Take one of the four masks [P, 4, H, W] of each object: [P, H, W]."""
+    return logits[torch.arange(len(token), device=logits.device), token]
+
+
+def _teacher_losses(
+    seen: _Seen, teacher: Tensor, target: _Target, config: WesamConfig
+) -> dict[str, Tensor]:
+    """Hold the teacher's masks and features to the anchor's."""
+    losses = {}
+    if config.anchor_weight:
+        losses["anchor"] = 0.5 * dice_loss(teacher, target.masks.float()).mean()
+    if config.contrastive_weight:
+        features = _features(seen.embeddings, teacher.detach() > 0)
+        losses["contrastive"] = contrastive_loss(features, target.features)
+    return losses
+
+
+def _pseudo_masks(masks: Tensor, view: View, target: _Target, config: WesamConfig) -> Tensor:
+    """Make the student's targets [P, H, W] of the teacher's masks [P, H, W] bool."""
+    if config.correct_pseudo_masks:
+        allowed, required = view.allowed.to(masks.device), view.required.to(masks.device)
+        corrected = (masks & allowed) | required
+        instead = (target.masks & allowed) | required
+        is_left = (masks & allowed).flatten(1).any(1)
+        masks = torch.where(is_left[:, None, None], corrected, instead)
+    return masks.float()
+
+
+def _student_losses(
+    seen: _Seen,
+    pseudo: Tensor,
+    prompts: Sequence[ObjectPrompt],
+    view: View,
+    target: _Target,
+    config: WesamConfig,
+) -> dict[str, Tensor]:
+    """Measure the student against the pseudo masks, the anchor's masks and the drawn boxes."""
+    device = pseudo.device
+    known = pseudo.flatten(1).any(1)
+    single = torch.tensor(
+        [prompt.is_single_point and target.is_ambiguous for prompt in prompts], device=device
+    )
+    asked = torch.stack([~single, *(3 * [single])], 1)  # [P, 4]
+    per_mask = torch.full(asked.shape, math.inf, device=device)
+    wanted = pseudo[asked.nonzero()[:, 0]]
+    focal = self_training_focal_loss(seen.logits[asked], wanted)
+    dice = dice_loss(seen.logits[asked], wanted)
+    combined = config.focal_weight * focal + config.dice_weight * dice
+    best = per_mask.masked_scatter(asked, combined.detach()).argmin(1)
+    at_best = F.one_hot(best, 4).bool()[asked]
+    student = _chosen(seen.logits, best)
+    ious = mask_iou(student, pseudo)
+    guessed = seen.ious.gather(1, best[:, None])[:, 0]
+    losses = {}
+    for name, values in (
+        ("focal", focal[at_best]),
+        ("dice", dice[at_best]),
+        ("iou", (guessed - ious).square()),
+    ):
+        losses[name] = (values * known).sum() / known.sum().clamp(min=1)
+    if config.anchor_weight and config.targets == "teacher":
+        losses["anchor"] = 0.5 * dice_loss(student, target.masks.float()).mean()
+    if config.projection_weight:
+        boxes = view.boxes.to(device)
+        has_box = boxes.flatten(1).any(1)
+        values = box_projection_loss(student, boxes)
+        losses["projection"] = (values * has_box).sum() / has_box.sum().clamp(min=1)
+    return losses
+
+
+def _loosened(
+    prompts: Sequence[ObjectPrompt], pseudo: Tensor, generator: torch.Generator
+) -> tuple[ObjectPrompt, ...]:
+    """Ask more loosely, for all objects alike: jitter boxes or take points, leave points out.
+
+    Args:
+        prompts: P objects.
+        pseudo: [P, H / 4, W / 4], the masks that are wanted.
+        generator: Decides everything.
+    """
+    size_hw = (MASK_STRIDE * pseudo.shape[1], MASK_STRIDE * pseudo.shape[2])
+    by_points = bool(torch.rand((), generator=generator) < _POINTS_CHANCE)
+    count = 1 + int(torch.randint(_MOST_POINTS, (), generator=generator))
+    shares = torch.rand(2, generator=generator).tolist()
+    drawn = random_points(pseudo, count, stride=MASK_STRIDE, generator=generator).cpu().numpy()
+    loose = []
+    for prompt, points, mask in zip(prompts, drawn, pseudo, strict=True):
+        if prompt.box_xyxy is None:
+            loose.append(_some_points(prompt, shares, generator))
+        elif by_points and mask.any():
+            loose.append(
+                ObjectPrompt(
+                    point_coords=points.astype(np.float64),
+                    point_labels=np.ones(count, np.int64),
+                )
+            )
+        else:
+            boxes = torch.from_numpy(prompt.box_xyxy)[None]
+            box = noisy_boxes(boxes, image_hw=size_hw, scale=_LOOSE_BOX, generator=generator)[0]
+            loose.append(dataclasses.replace(prompt, box_xyxy=box.numpy()))
+    return tuple(loose)
+
+
+def _some_points(
+    prompt: ObjectPrompt, shares: Sequence[float], generator: torch.Generator
+) -> ObjectPrompt:
+    """Keep shares of the points on the object, at least one, and of those that are not."""
+    kept: list[int] = []
+    for label, share, least in ((1, shares[0], 1), (0, shares[1], 0)):
+        places = np.flatnonzero(prompt.point_labels == label)
+        order = torch.randperm(len(places), generator=generator).numpy()
+        kept += places[order[: max(least, int(share * (len(places) + 1)))]].tolist()
+    return dataclasses.replace(
+        prompt, point_coords=prompt.point_coords[kept], point_labels=prompt.point_labels[kept]
+    )
+
+
+def _pace(step: int, steps: int, warmup_steps: int) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    warm = min((step + 1) / max(warmup_steps, 1), 1.0)
+    return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _single_device(device: torch.device, precision: torch.dtype) -> Fabric:
+    """Make a Fabric that trains where the model is."""
+    return Fabric(
+        accelerator=device.type,
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        precision="bf16-mixed" if precision == torch.bfloat16 else "32-true",
+    )
+
+
+def _with_lora(sam: Sam, config: WesamConfig) -> Sam:
+    """Copy a SAM, freeze the copy, and attach LoRA, the same one for the same seed."""
+    adapted: Sam = copy.deepcopy(sam)
+    adapted.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        attach_lora(adapted.image_encoder, rank=config.rank)
+    return adapted
+
+
+def _identity(anchor: Predictor, images: Sequence[WeakImage], config: WesamConfig) -> str:
+    """Digest what must not change between the parts of one run."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    digest.update(anchor.fingerprint.encode())
+    for image in images:
+        digest.update(repr((image.name, len(image.objects))).encode())
+        for one in image.objects:
+            digest.update(repr(one.label).encode())
+            for array in (one.box_xyxy, one.point_coords, one.point_labels, one.mask):
+                digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+class _LastStep:
+    """Where a run goes on after it was ended."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path, self._identity = path, identity
+        self._saved_at, self._saved_step = time.monotonic(), 0
+
+    def resume(self, sam: Sam, optimizer: torch.optim.Optimizer) -> int:
+        """Bring model and optimizer to where they were; return the steps done."""
+        if not self._path.exists():
+            return 0
+        try:
+            saved = torch.load(self._path, map_location="cpu", weights_only=True)
+            identity = saved["identity"]
+        except Exception as error:  # a damaged pickle can raise anything
+            raise CheckpointError(
+                f"{self._path} cannot be read ({type(error).__name__}): it is damaged; "
+                "delete it to begin the run again"
+            ) from error
+        if identity != self._identity:
+            raise CheckpointError(
+                f"{self._path} must be of the same model, images, labels and settings, and is of "
+                "others; name an empty run_dir"
+            )
+        load_lora_state(sam, saved["lora"])
+        optimizer.load_state_dict(saved["optimizer"])
+        self._saved_step = int(saved["step"])
+        _LOG.info("resuming %s at step %d", self._path, self._saved_step)
+        return self._saved_step
+
+    def save_if_due(
+        self, sam: Sam, optimizer: torch.optim.Optimizer, step: int, *, is_end: bool
+    ) -> None:
+        """Write the file every so many steps or seconds, and at the end, whole or not at all."""
+        is_late = time.monotonic() - self._saved_at >= _SAVE_S
+        if not is_end and not is_late and step - self._saved_step < _SAVE_STEPS:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path.with_suffix(".partial")
+        saved = {
+            "lora": lora_state(sam),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "identity": self._identity,
+        }
+        with unfinished.open("wb") as file:
+            torch.save(saved, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self._path)
+        self._saved_at, self._saved_step = time.monotonic(), step

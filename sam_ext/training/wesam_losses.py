@@ -1,0 +1,115 @@
+"""The losses that WeSAM adds to SAM's: agreement with the anchor, and with the weak labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sam_ext.errors import ConfigError
+from sam_ext.training.losses import focal_loss
+
+__all__ = [
+    "box_projection_loss",
+    "contrastive_loss",
+    "pooled_features",
+    "self_training_focal_loss",
+]
+
+
+def self_training_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    r"""Weigh down the pixels that are right already, both classes alike.
+
+    .. math:: 0.8 \cdot (1 - e^{-BCE})^2 \, BCE, 	ext{ averaged over the mask's pixels}
+
+    Args:
+        logits: [..., H, W].
+        targets: [..., H, W] in 0..1.
+
+    Returns:
+        One value per mask, [...].
+
+    Source:
+        Zhang et al., arXiv:2312.03502; alpha is the official function's default.
+
+    Differs from the source:
+        The official call passes the number of masks in alpha's place.
+    """
+    return 0.8 * focal_loss(logits, targets, alpha=-1.0, gamma=2.0)
+
+
+def pooled_features(image_embeddings: Tensor, masks: Tensor) -> Tensor:
+    r"""Average the features that masks cover, each pixel's feature of length 1 before.
+
+    .. math:: f_i = \frac{1}{\max(|m_i|, 1)} \sum_{p \in m_i} \frac{e_p}{\lVert e_p \rVert}
+
+    Args:
+        image_embeddings: [C, H, W].
+        masks: [P, H, W] bool.
+
+    Returns:
+        [P, C]; zeros for an empty mask.
+
+    Source:
+        Zhang et al., arXiv:2312.03502, as its code pools after its correction of 2024-07-15.
+    """
+    unit = F.normalize(image_embeddings.flatten(1), dim=0)  # [C, H * W]
+    weights = masks.flatten(1).to(unit.dtype)  # [P, H * W]
+    pooled: Tensor = weights @ unit.t() / weights.sum(1, keepdim=True).clamp(min=1)
+    return pooled
+
+
+def contrastive_loss(teacher: Tensor, anchor: Tensor, *, temperature: float = 0.3) -> Tensor:
+    r"""Make each instance look to the teacher as it does to the anchor, and unlike all others.
+
+    .. math:: -\log \frac{\sum_i \exp(s_{ii} / \tau)}{\sum_{ij} \exp(s_{ij} / \tau)},
+        \quad s_{ij} = \cos(f_i^{teacher}, f_j^{anchor})
+
+    Args:
+        teacher: [P, C], `pooled_features` of the adapted model.
+        anchor: [P, C], those of the frozen one.
+        temperature: Tau.
+
+    Returns:
+        One value; 0 for a single instance, which has nothing to differ from.
+
+    Raises:
+        ConfigError: If the two have different shapes.
+
+    Source:
+        Zhang et al., arXiv:2312.03502.
+    """
+    if teacher.shape != anchor.shape:
+        raise ConfigError(
+            f"both must have the same instances and channels, got {tuple(teacher.shape)} and "
+            f"{tuple(anchor.shape)}; pool the same objects"
+        )
+    similarity = F.normalize(teacher, dim=1) @ F.normalize(anchor, dim=1).t()  # [P, P]
+    logits = similarity / temperature
+    return torch.logsumexp(logits.flatten(), 0) - torch.logsumexp(logits.diagonal(), 0)
+
+
+def box_projection_loss(logits: Tensor, boxes: Tensor, *, smooth: float = 1.0) -> Tensor:
+    r"""Want a mask to reach all four sides of a box and nowhere beyond.
+
+    .. math:: D(\max_y p, \max_y b) + D(\max_x p, \max_x b),
+        \quad D(u, v) = 1 - \frac{2 \sum u v + s}{\sum u^2 + \sum v^2 + s}
+
+    Args:
+        logits: [P, H, W].
+        boxes: [P, H, W] bool, the boxes as masks.
+        smooth: s.
+
+    Returns:
+        One value per mask, [P].
+
+    Source:
+        Tian et al., arXiv:2012.02310, section 3.1.
+    """
+    p, b = torch.sigmoid(logits), boxes.to(logits.dtype)
+    loss = torch.zeros(len(logits), device=logits.device, dtype=logits.dtype)
+    for axis in (1, 2):
+        u, v = p.amax(axis), b.amax(axis)
+        overlap = 2 * (u * v).sum(1) + smooth
+        loss = loss + 1 - overlap / (u.square().sum(1) + v.square().sum(1) + smooth)
+    return loss

@@ -1,0 +1,148 @@
+import copy
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from sam_ext.config import MODELS
+from sam_ext.errors import CheckpointError, ConfigError
+from sam_ext.image_encoder import encode_image
+from sam_ext.lora import (
+    LoraLinear,
+    attach_lora,
+    lora_parameters,
+    lora_state,
+    merge_lora,
+    save_lora,
+)
+from sam_ext.sam import build_sam, weights_fingerprint
+
+
+def moved(sam):
+    """Away from the zero start, where a test proves nothing."""
+    with torch.no_grad():
+        for parameter in lora_parameters(sam):
+            nn.init.normal_(parameter, std=0.1)
+    return sam
+
+
+@pytest.fixture
+def adapted(small_sam):
+    attach_lora(small_sam.image_encoder)
+    return moved(small_sam)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 48, 80)
+
+
+def test_q_and_v_get_the_papers_update_and_k_none():
+    """arXiv:2106.09685, equation 3, for each third by itself."""
+    plain = nn.Linear(6, 18).double()
+    layer = LoraLinear(copy.deepcopy(plain), rank=2).double()
+    nn.init.normal_(layer.lora_a)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    q, k, v = (
+        x @ w.t() + b for w, b in zip(plain.weight.chunk(3), plain.bias.chunk(3), strict=True)
+    )
+    wanted_q = q + x @ (layer.lora_b[0] @ layer.lora_a[0]).t()
+    wanted_v = v + x @ (layer.lora_b[1] @ layer.lora_a[1]).t()
+    wanted = torch.cat([wanted_q, k, wanted_v], dim=-1)
+    torch.testing.assert_close(layer(x), wanted, rtol=0, atol=1e-12)
+    merged = nn.functional.linear(x, layer.merged_weight(), layer.bias)
+    torch.testing.assert_close(merged, wanted, rtol=0, atol=1e-12)
+
+
+def test_fresh_lora_changes_no_bit(small_sam, images):
+    wanted = encode_image(small_sam.image_encoder, images)
+    attach_lora(small_sam.image_encoder)
+    assert torch.equal(encode_image(small_sam.image_encoder, images), wanted)
+    assert all(parameter.any() for parameter in lora_parameters(small_sam)[::2])
+
+
+def test_gradients_reach_the_listed_parameters_and_no_others(small_sam, images):
+    names = attach_lora(small_sam.image_encoder, rank=3)
+    moved(small_sam)
+    encode_image(small_sam.image_encoder, images).square().sum().backward()
+    reached = [n for n, p in small_sam.image_encoder.named_parameters() if p.grad is not None]
+    assert reached == names
+    assert all(p.grad.any() for p in lora_parameters(small_sam))
+    assert len(names) == 4
+
+
+def test_it_adds_as_many_parameters_to_vit_b_as_the_paper_counts():
+    with torch.device("meta"):
+        sam = build_sam(MODELS["vit_b"])
+    attach_lora(sam.image_encoder)
+    assert sum(parameter.numel() for parameter in lora_parameters(sam)) == 147_456
+
+
+def test_sams_own_keys_stay(small_sam):
+    before = small_sam.state_dict()
+    attach_lora(small_sam.image_encoder)
+    after = small_sam.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert {key.rsplit(".", 1)[1] for key in after.keys() - before.keys()} == {"lora_a", "lora_b"}
+
+
+def test_a_merged_sam_answers_the_same_with_plain_modules(small_sam, images):
+    attach_lora(small_sam.image_encoder)
+    adapted = moved(small_sam).double()
+    before = {key: value.clone() for key, value in adapted.state_dict().items()}
+    merged = merge_lora(adapted)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            encode_image(merged.image_encoder, images.double()),
+            encode_image(adapted.image_encoder, images.double()),
+            rtol=0,
+            atol=1e-10,
+        )
+    assert not lora_parameters(merged)
+    assert {type(block.attn.qkv) for block in merged.image_encoder.blocks} == {nn.Linear}
+    assert not merged.training
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+    assert all(torch.equal(adapted.state_dict()[key], value) for key, value in before.items())
+
+
+def test_a_refused_attachment_changes_nothing(small_sam):
+    with pytest.raises(ConfigError, match="rank must be at least 1, got 0"):
+        attach_lora(small_sam.image_encoder, rank=0)
+    assert all(parameter.requires_grad for parameter in small_sam.parameters())
+    attach_lora(small_sam.image_encoder)
+    with pytest.raises(ConfigError, match="has LoRA already"):
+        attach_lora(small_sam.image_encoder)
+
+
+def test_only_a_fused_projection_is_taken():
+    with pytest.raises(ConfigError, match="8 to 24 channels, got 8"):
+        LoraLinear(nn.Linear(8, 8), rank=4)
+
+
+def test_a_file_holds_what_is_new_and_says_what_it_is(adapted, tmp_path):
+    path = tmp_path / "versions" / "a.safetensors"
+    base = weights_fingerprint(adapted)
+    save_lora(adapted, path, base=base)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "method": "lora", "rank": "4", "base": base}
+        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    wanted = lora_state(adapted)
+    assert held.keys() == wanted.keys()
+    assert all(torch.equal(held[key], wanted[key]) for key in wanted)
+    assert all(key.startswith("image_encoder.blocks.") for key in held)
+    assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_what_is_not_finite_is_not_written(adapted, small_sam, tmp_path):
+    with torch.no_grad():
+        lora_parameters(adapted)[1][0, 0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="1 LoRA tensors are not finite"):
+        save_lora(adapted, tmp_path / "a.safetensors", base="")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sam_without_lora_has_nothing_to_save(small_sam, tmp_path):
+    with pytest.raises(ConfigError, match="call attach_lora"):
+        save_lora(small_sam, tmp_path / "a.safetensors", base="")
