@@ -1,12 +1,14 @@
-"""A mask as rings, one per connected piece, holes and all."""
+"""A mask as rings, one per connected piece, holes and all; and a ring as a mask."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["polygons_from_mask", "remove_specks"]
+__all__ = ["mask_from_polygon", "polygons_from_mask", "remove_specks"]
 
 _Ring = NDArray[np.float64]  # [V, 2] corners, (x, y) in pixels
 _STAIR_PX = 0.5
@@ -77,6 +79,36 @@ def polygons_from_mask(
         assert merged is not None
         polygons.append(merged + np.array((x, y)))
     return polygons
+
+
+def mask_from_polygon(
+    ring: NDArray[np.floating[Any]], *, size_hw: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Fill a ring by the even-odd rule at the pixels' centres: what `polygons_from_mask` outlined.
+
+    Args:
+        ring: [V, 2] corners, (x, y) in pixels; they may lie outside the image.
+        size_hw: The image's size.
+
+    Returns:
+        [H, W] bool.
+    """
+    height, width = size_hw
+    start, end = ring, np.roll(ring, -1, axis=0)
+    # The rows whose centres an edge passes: first and behind the last.
+    first, last = (
+        np.clip(np.ceil(edge - 0.5), 0, height).astype(np.intp)
+        for edge in (np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1]))
+    )
+    counts = last - first
+    edges = np.repeat(np.arange(len(ring)), counts)  # [crossings], the edge of each
+    rows = first[edges] + np.arange(len(edges)) - np.repeat(np.cumsum(counts) - counts, counts)
+    (x0, y0), (x1, y1) = start[edges].T, end[edges].T
+    x = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+    columns = np.clip(np.ceil(x - 0.5), 0, width).astype(np.intp)
+    crossings = np.zeros((height, width + 1), np.uint32)
+    np.add.at(crossings, (rows, columns), 1)
+    return np.asarray(np.cumsum(crossings, axis=1)[:, :width] % 2 == 1)
 
 
 def _rings(piece: NDArray[np.bool_]) -> list[_Ring]:

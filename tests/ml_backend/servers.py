@@ -239,16 +239,27 @@ class FakeLabelStudio(Server):
         return json_answer({"detail": "Not found."}, 404)
 
     def _tasks(self, asked: dict[str, str]) -> Answer:
-        """As the data manager's list answers to the one filter that is used."""
+        """As the data manager's list answers to the two filters that are used."""
         # With these, it asks no backend for predictions, and leaves cloud addresses alone.
         assert (asked["review"], asked["resolve_uri"]) == ("true", "false")
         query = json.loads(asked["query"])
-        (item,) = query["filters"]["items"]
-        assert (item["filter"], item["operator"]) == ("filter:tasks:id", "greater")
+        assert query["filters"]["conjunction"] == "and"
+        after, *annotated = query["filters"]["items"]
+        assert (after["filter"], after["operator"]) == ("filter:tasks:id", "greater")
+        for item in annotated:
+            assert (item["filter"], item["operator"], item["value"]) == (
+                "filter:tasks:total_annotations",
+                "greater",
+                0,
+            )
         assert query["ordering"] == ["tasks:id"]
         rows = [
             row
             for row in sorted(self.tasks, key=lambda row: row["id"])
-            if row["project"] == int(asked["project"]) and row["id"] > item["value"]
+            if row["project"] == int(asked["project"])
+            and row["id"] > after["value"]
+            and (not annotated or any(not a["was_cancelled"] for a in row.get("annotations", ())))
         ]
+        if asked.get("fields") != "all":
+            rows = [{k: v for k, v in row.items() if k != "annotations"} for row in rows]
         return json_answer({"total": len(rows), "tasks": rows[: int(asked["page_size"])]})

@@ -13,14 +13,18 @@ from pathlib import Path
 import label_studio_ml.api
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ml_backend
 from ml_backend.app import create_app
-from ml_backend.errors import SettingsError
+from ml_backend.errors import BadRequestError, SettingsError
+from ml_backend.label_studio import project_name
+from ml_backend.model import SamBackend
 from ml_backend.settings import Settings
 from sam_ext.interactive import answer_prompts, default_crops
 from sam_ext.predictor import ObjectPrompt, Predictor
+from sam_ext.stable_sam import StableSam
 from tests.conftest import build_small_sam
 from tests.ml_backend.backend import (
     encoded,
@@ -786,18 +790,71 @@ def test_a_webhook_without_an_action_is_refused(client, body):
     assert response.json["error"].startswith("action must be a string, got ")
 
 
-def test_start_training_is_refused_so_that_label_studio_does_not_say_training(client):
+def test_start_training_queues_a_job_and_a_second_one_is_refused_with_its_number(client):
+    name = project_name(payload("33")["project"])
+    quiet = {"is_training": False, "job": None, "model_version": version_of(client)}
+    assert client.get(f"/is_training?project={name}").json == quiet
+
     response = client.post("/webhook", json=payload("33"))
-    version = client.get("/health").json["model_version"]
-    assert response.status_code == 501
-    assert response.json == {
-        "error": "training is not available in this version: nothing was started, and the model "
-        f"{version} stays as it is",
-        "id": response.json["id"],
-        "job": None,
-    }
-    assert response.status == f"501 {response.json['error']}"
-    assert client.post("/train", json={"annotations": []}).status_code == 501
+    number = response.json["job"]
+    assert (response.status_code, response.json) == (201, {"job": number})
+    training = {"is_training": True, "job": number}
+    for query in (f"?project={name}", ""):
+        assert client.get(f"/is_training{query}").json == quiet | training
+    assert client.get("/is_training?project=99.5").json == quiet
+
+    response = client.post("/webhook", json=payload("33"))
+    assert response.status_code == 409
+    assert response.json["job"] == number
+    assert f"got job {number}" in response.json["error"]
+    assert response.status == f"409 {response.json['error']}"
+
+    other = client.post("/train", json={"annotations": [{}], "project": "98.7", "params": {}})
+    assert (other.status_code, other.json) == (201, {"job": number + 1})
+    assert client.post("/train", json={"annotations": [{}]}).status_code == 400
+
+
+def version_of(client) -> str:
+    return client.get("/health").json["model_version"]
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        ("queued", "queued"),
+        ("running", "started"),
+        ("judging", "started"),
+        ("promoted", "finished"),
+        ("rejected", "finished"),
+        ("failed", "failed"),
+        ("cancelled", "canceled"),
+    ],
+)
+def test_a_job_is_told_as_label_studio_asks(client, state, status):
+    jobs = client.application.extensions["ml_backend"].service.jobs
+    job = jobs.create("1.5", "start_training")
+    if state in ("running", "judging"):
+        jobs.start(job.id)
+        jobs.report(job.id, {"step": 3}, state=state)
+    elif state != "queued":
+        jobs.finish(job.id, state, "because")
+    for number in (job.id, str(job.id)):
+        told = client.post("/job_status", json={"job": number}).json
+        assert (told["job"], told["job_status"], told["state"]) == (job.id, status, state)
+
+
+@pytest.mark.parametrize(("job", "status"), [(77, 410), ("x", 400), (None, 400), ([], 400)])
+def test_a_job_that_is_not_there_is_gone(client, job, status):
+    assert client.post("/job_status", json={"job": job}).status_code == status
+
+
+def test_fit_queues_a_job(client):
+    service = client.application.extensions["ml_backend"].service
+    config = payload("10")["label_config"]
+    answer = SamBackend(config, service=service, project="1.5").fit([])
+    assert service.jobs.get(answer["job"]).project == "1.5"
+    with pytest.raises(BadRequestError, match="to train it"):
+        SamBackend(config, service=service).fit([])
 
 
 def test_the_setups_token_is_not_logged_on_any_level(client, caplog):
@@ -812,19 +869,43 @@ def test_health_says_what_runs(client, predictor):
         "model": "tiny",
         "model_version": f"sam-tiny-{predictor.fingerprint[:8]}",
         "device": "cpu",
+        "stable_sam": False,
+        "problems": [],
     }
     assert client.get("/health").json == client.get("/").json == expected
 
 
+def moved_plugin() -> StableSam:
+    """A plugin whose answers are not SAM's."""
+    plugin = StableSam()
+    torch.nn.init.normal_(plugin.transform.weight, std=0.3)
+    torch.nn.init.normal_(plugin.router[-1].bias)
+    return plugin.eval()
+
+
+def test_with_a_plugin_predictions_say_how_it_was_routed(make_client, label_studio, caplog):
+    label_studio.legacy_tokens_enabled = True
+    where = {"label_studio_url": label_studio.url, "label_studio_api_key": LEGACY_TOKEN}
+    request = payload("12")
+    serve_images(label_studio, request)
+    [without] = predicted(make_client(**where), request)
+    assert all("meta" not in region for region in without["result"])
+    stable = Predictor(build_small_sam(), stable_sam=moved_plugin())
+    with caplog.at_level("INFO", "ml_backend"):
+        client = make_client(predictor=stable, **where)
+    assert "Stable-SAM is on" in caplog.text
+    assert client.get("/health").json["stable_sam"] is True
+    [answer] = predicted(client, request)
+    routing = {region["meta"]["routing"] for region in answer["result"]}
+    assert len(routing) == 1
+    assert 0 < routing.pop() < 1
+    assert [r["value"] for r in answer["result"]] != [r["value"] for r in without["result"]]
+
+
 def test_versions_are_answered_to_get_and_post(client):
-    version = client.get("/health").json["model_version"]
+    version = version_of(client)
     assert client.get("/versions").json == {"versions": [version]}
     assert client.post("/versions", json={"project": "1.2"}).json == {"versions": [version]}
-    assert client.get("/is_training?project=1.2").json == {
-        "is_training": False,
-        "backend": "none",
-        "model_version": version,
-    }
 
 
 def test_a_checkpoint_given_by_its_path_is_named_by_its_file(make_client):
@@ -959,6 +1040,13 @@ def test_the_right_credentials_open_everything(make_client):
     client = make_client(basic_auth_user="user", basic_auth_pass="pässword")
     body = setup_body(payload("10"), "http://ls")
     assert client.post("/setup", json=body, auth=("user", "pässword")).status_code == 200
+
+
+def test_with_basic_auth_on_training_is_started_with_credentials_only(make_client):
+    client = make_client(basic_auth_user="user", basic_auth_pass="pass")
+    assert client.post("/webhook", json=payload("33")).status_code == 401
+    assert client.post("/webhook", json=payload("30")).status_code == 201
+    assert client.post("/webhook", json=payload("33"), auth=("user", "pass")).status_code == 201
 
 
 def test_a_token_instead_of_a_password_is_refused(make_client):

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import requests
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from ml_backend.cli import app, gunicorn_command
+from ml_backend.jobs import JobStore
+from ml_backend.registry import Registry
 from ml_backend.settings import Settings
 from sam_ext.checkpoints import save_checkpoint
 from tests.conftest import build_small_sam
@@ -54,7 +59,9 @@ def test_an_ipv6_address_is_bracketed(tmp_path):
     assert "--bind=[::]:9090" in gunicorn_command(Settings(data_dir=tmp_path, host="::"))
 
 
-@pytest.mark.parametrize("command", ["serve", "connect", "warm", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "command", [c.name or c.callback.__name__ for c in app.registered_commands]
+)
 def test_every_command_explains_itself(run, command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -82,7 +89,7 @@ def test_published_weights_that_may_not_be_downloaded_are_one_sentence(run, tmp_
         pytest.param(["--url", "http://127.0.0.1:1"], "--token", id="token"),
     ],
 )
-@pytest.mark.parametrize("command", ["connect", "warm"])
+@pytest.mark.parametrize("command", ["connect", "warm", "train"])
 def test_it_says_which_of_its_two_needs_is_missing(run, command, given, missing):
     result = run(command, "--project", "1", *given)
     assert result.exit_code == 2
@@ -103,7 +110,14 @@ def label_studio(monkeypatch):
     monkeypatch.setattr(os, "nice", lambda _: 0)  # there is no way back
     with FakeLabelStudio() as server:
         config = '<View><Image name="image" value="$image"/></View>'
-        server.projects = [{"id": 1, "label_config": config, "task_number": 2}]
+        server.projects = [
+            {
+                "id": 1,
+                "created_at": "1970-01-01T00:00:05Z",
+                "label_config": config,
+                "task_number": 2,
+            }
+        ]
         for number in (1, 2):
             path = f"/data/upload/1/{number}.png"
             server.routes[path] = Answer(encoded(random_image(number, size_hw=(40, 56))))
@@ -132,6 +146,42 @@ def test_warm_says_what_came_of_it_and_fails_if_one_image_did(run, tmp_path, lab
     assert "EMBEDDING_DISK_BYTES must be at least" not in result.output
 
 
+def test_versions_and_rollback_say_what_is_served(run, tmp_path):
+    registry = Registry(tmp_path / "projects", keep=9)
+    (tmp_path / "adapter").write_bytes(b"adapter")
+    versions = registry.project("1.5")
+    names = [versions.add(tmp_path / "adapter", {"model": "tiny"}).model_version for _ in range(3)]
+    versions.activate(1)
+    versions.activate(3)
+    variables = {"DATA_DIR": str(tmp_path), "COLUMNS": "200"}
+
+    def shown() -> list[list[str]]:
+        result = run("versions", "--project", "1", **variables)
+        assert result.exit_code == 0
+        assert "project 1.5" in result.output
+        rows = [line.split("│") for line in result.output.splitlines() if line.startswith("│")]
+        return [[cell.strip() for cell in (row[2], row[4])] for row in rows]
+
+    assert shown() == [
+        ["the base model", ""],
+        [names[0], "rollback returns to it"],
+        [names[1], ""],
+        [names[2], "active"],
+    ]
+    result = run("rollback", "--project", "1.5", **variables)
+    assert result.output == f"Project 1.5 is served by {names[0]} again.\n"
+    assert shown()[:2] == [["the base model", "rollback returns to it"], [names[0], "active"]]
+    result = run("rollback", "--project", "1", **variables)
+    assert result.output == "Project 1.5 is served by the base model again.\n"
+    assert shown()[0] == ["the base model", "active"]
+    result = run("rollback", "--project", "1", **variables)
+    assert result.exit_code == 1
+    assert "there is nothing to roll back" in result.output
+    for command in ("versions", "rollback"):
+        result = run(command, "--project", "7", **variables)
+        assert result.output.startswith("error: project must name one project that has versions")
+
+
 def test_the_doctor_shows_a_table_and_fails_when_something_does(run, tmp_path):
     result = run("doctor", SAM_MODEL="nothing.pth", DATA_DIR=str(tmp_path), COLUMNS="300")
     assert result.exit_code == 1
@@ -149,35 +199,104 @@ def test_the_doctor_is_content_with_warnings(run, tmp_path):
     assert "small[x].safetensors" in result.output
 
 
-def test_serve_becomes_gunicorn_and_ends_when_told_to(tmp_path):
-    model = tmp_path / "small.safetensors"
-    save_checkpoint(build_small_sam(), model, metadata={})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environ = {
-        **os.environ,
-        "SAM_MODEL": str(model),
-        "DATA_DIR": str(tmp_path / "data"),
-        "HOST": "127.0.0.1",
-        "PORT": str(port),
-    }
-    log = tmp_path / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ml_backend.cli", "serve"],
-            cwd=ROOT,
-            env=environ,
-            stdout=output,
-            stderr=output,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while "Booting worker" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-        health = requests.get(f"{url}/health", timeout=120).json()
-    finally:
-        process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+class Served:
+    """`serve` as a process of its own."""
+
+    def __init__(self, folder: Path, **variables: str) -> None:
+        model = folder / "small.safetensors"
+        save_checkpoint(build_small_sam(), model, metadata={})
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environ = {
+            **os.environ,
+            "SAM_MODEL": str(model),
+            "DATA_DIR": str(folder / "data"),
+            "HOST": "127.0.0.1",
+            "PORT": str(port),
+            **variables,
+        }
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = folder / "log"
+        with self._log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ml_backend.cli", "serve"],
+                cwd=ROOT,
+                env=environ,
+                stdout=output,
+                stderr=output,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.log:
+            assert self.process.poll() is None, self.log
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def serve(tmp_path):
+    started = []
+
+    def call(**variables: str) -> Served:
+        started.append(Served(tmp_path, **variables))
+        return started[-1]
+
+    yield call
+    for served in started:
+        if served.process.poll() is None:
+            served.process.send_signal(signal.SIGTERM)
+        served.process.wait(60)
+
+
+def test_serve_without_a_worker_becomes_gunicorn_and_ends_when_told_to(serve):
+    served = serve(WORKER="false")
+    served.wait_for("Booting worker")
+    health = requests.get(f"{served.url}/health", timeout=120).json()
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(60) == 0
     assert health["status"] == "UP"
-    assert f"Listening at: {url} ({process.pid})" in log.read_text()
+    assert f"Listening at: {served.url} ({served.process.pid})" in served.log
+    assert "the worker waits" not in served.log
+
+
+def test_serve_runs_a_worker_beside_gunicorn_brings_it_back_and_ends_both(serve):
+    served = serve()
+    served.wait_for("the worker waits for jobs")
+    (number,) = re.findall(r"the worker waits for jobs \(process (\d+)\)", served.log)
+    os.kill(int(number), signal.SIGKILL)
+    served.wait_for("the worker has ended (exit code -9); it is started again in 1 s")
+    served.wait_for("Booting worker")
+    assert requests.get(f"{served.url}/health", timeout=120).json()["status"] == "UP"
+    while len(numbers := re.findall(r"waits for jobs \(process (\d+)\)", served.log)) < 2:
+        assert served.process.poll() is None, served.log
+        time.sleep(0.05)
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(60) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(numbers[1]), 0)
+
+
+def test_a_second_worker_is_one_sentence(run, tmp_path):
+    (tmp_path / "data").mkdir()
+    with FileLock(tmp_path / "data" / "worker.lock"):
+        result = run("worker", DATA_DIR=str(tmp_path / "data"))
+    assert result.exit_code == 1
+    assert result.output.startswith(f"error: DATA_DIR must have one worker, but in {tmp_path}/data")
+
+
+def test_train_queues_a_job_once(run, tmp_path, label_studio):
+    label_studio.projects[0]["created_at"] = "2026-11-20T17:12:19.284185Z"
+    address = ("--url", label_studio.url, "--token", label_studio.personal_access_token)
+    result = run("train", "--project", "1", *address, DATA_DIR=str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert result.output == "Job 1 is queued: a training of project 1.1795194739.\n"
+    (job,) = JobStore(tmp_path).jobs()
+    assert (job.project, job.trigger) == ("1.1795194739", "command")
+
+    result = run("train", "--project", "1", *address, DATA_DIR=str(tmp_path))
+    assert result.exit_code == 1
+    assert result.output.startswith("error: project 1.1795194739 must have no other job under way")

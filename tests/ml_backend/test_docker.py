@@ -125,7 +125,9 @@ def test_health_checks_are_python_that_compiles(final, compose):
     commands = [json.loads(check.partition(" CMD ")[2])]
     routes = {rule.rule for rule in label_studio_ml.api._server.url_map.iter_rules()}
     assert "/health" in routes
-    commands += [service["healthcheck"]["test"][1:] for service in compose["services"].values()]
+    checks = {name: service["healthcheck"] for name, service in compose["services"].items()}
+    assert checks.pop("worker") == {"disable": True}  # it answers nobody
+    commands += [check["test"][1:] for check in checks.values()]
     for _python, option, code in commands:
         assert option == "-c"
         compile(code, "<health check>", "exec")
@@ -135,8 +137,18 @@ def test_health_checks_are_python_that_compiles(final, compose):
 def test_compose_passes_every_setting_on(compose):
     environment = compose["services"]["sam"]["environment"]
     assert environment.keys() == SETTINGS - OF_THE_IMAGE
-    in_network = {"LABEL_STUDIO_URL": "http://label-studio:8080"}
-    assert environment == {name: f"${{{name}:-}}" for name in environment} | in_network
+    own = {"LABEL_STUDIO_URL": "http://label-studio:8080", "WORKER": "false"}
+    assert environment == {name: f"${{{name}:-}}" for name in environment} | own
+
+
+def test_the_worker_is_the_same_image_with_the_same_settings_and_data(compose, final):
+    sam, worker = (compose["services"][name] for name in ("sam", "worker"))
+    script, command = worker["command"]
+    assert script == json.loads(of(final, "CMD")[0])[0]
+    assert command in {c.name or c.callback.__name__ for c in cli.registered_commands}
+    for name in ("image", "environment", "volumes"):
+        assert worker[name] == sam[name]
+    assert "ports" not in worker
 
 
 def test_compose_builds_the_dockerfile_with_arguments_that_it_has(compose):
@@ -161,7 +173,7 @@ def test_makefile_and_compose_run_the_same_label_studio(compose):
     assert f":-{version}}}" in compose["services"]["label-studio"]["image"]
 
 
-def test_both_services_come_back_after_a_reboot(compose):
+def test_all_services_come_back_after_a_reboot(compose):
     assert {s["restart"] for s in compose["services"].values()} == {"unless-stopped"}
 
 
@@ -170,9 +182,12 @@ def test_the_readmes_gpu_override_changes_only_what_the_compose_file_has(compose
     (text,) = re.findall(r"```yaml\n(services:\n.*?)```", (ROOT / "README.md").read_text(), re.S)
     override = yaml.safe_load(text)
     assert override.keys() == {"services"}
-    ((name, service),) = override["services"].items()
-    assert name in compose["services"]
-    assert service["build"]["args"].keys() == compose["services"][name]["build"]["args"].keys()
-    assert service["environment"].keys() <= SETTINGS
-    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert override["services"].keys() == {"sam", "worker"}
+    for name, service in override["services"].items():
+        theirs = compose["services"][name]
+        assert service.get("build", {}).get("args", {}).keys() == (
+            theirs.get("build", {}).get("args", {}).keys()
+        )
+        assert service["environment"].keys() <= SETTINGS
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}

@@ -3,13 +3,16 @@ import threading
 
 import pytest
 
-from ml_backend.errors import LabelStudioError
+from ml_backend.errors import BadRequestError, LabelStudioError
 from ml_backend.label_studio import (
     LabelStudioClient,
     LabelStudioUnreachableError,
     Origin,
     origin_of,
+    project_name,
+    project_number,
 )
+from tests.ml_backend.backend import payload
 from tests.ml_backend.servers import (
     LEGACY_TOKEN,
     Answer,
@@ -299,3 +302,47 @@ def test_tasks_are_listed_by_their_ids(client, label_studio):
         {"id": 8, "project": 3, "data": {"image": "s3://b/8"}},
     ]
     assert client.list_tasks(3, after=9) == []
+
+
+def test_annotated_tasks_are_listed_over_all_pages_with_their_annotations(client, label_studio):
+    done, skipped = ({"id": 1, "was_cancelled": cancelled, "result": []} for cancelled in (0, 1))
+    annotations = {5: [done], 6: [], 7: [skipped], 8: [skipped, done], 9: [done]}
+    label_studio.tasks = [
+        {"id": number, "project": 3, "data": {}, "annotations": ones}
+        for number, ones in annotations.items()
+    ]
+    tasks = list(client.annotated_tasks(3, page_size=2))
+    assert [task["id"] for task in tasks] == [5, 8, 9]
+    assert tasks[1]["annotations"] == [skipped, done]
+    assert len([r for r in label_studio.requests if r.path.startswith("/api/tasks/")]) == 3
+    assert "annotations" not in client.list_tasks(3)[0]
+
+
+@pytest.mark.parametrize("number", ["33", "36"])
+def test_a_project_is_named_as_in_setup(number):
+    assert project_name(payload(number)["project"]) == "1.1795194739"
+    assert payload("02")["project"].partition(".")[2].isdecimal()
+
+
+@pytest.mark.parametrize(
+    ("project", "message"),
+    [
+        pytest.param({}, "project.id must be a number, got NoneType", id="empty"),
+        pytest.param({"id": True}, "project.id must be a number, got bool", id="no-number"),
+        pytest.param({"id": -1}, "project.id must be a number, got int", id="negative"),
+        pytest.param({"id": 1}, "project.created_at must be a time such as", id="no-time"),
+        pytest.param(
+            {"id": 1, "created_at": "soon"}, "such as 2026-11-20T17:12:19Z, got 'soon'", id="text"
+        ),
+    ],
+)
+def test_what_is_no_project_is_not_named(project, message):
+    with pytest.raises(BadRequestError) as caught:
+        project_name(project)
+    assert message in str(caught.value)
+
+
+def test_the_number_in_a_name():
+    assert project_number("35.1795197330") == 35
+    assert project_number("35") == 35
+    assert project_number("x.1") is None

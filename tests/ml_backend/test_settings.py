@@ -42,6 +42,14 @@ def test_every_kind_of_value_is_read():
             "SAM_PREFETCH": "0",
             "EMBEDDING_DISK_BYTES": "0",
             "IMAGE_PRIVATE_HOSTS": "images:8000,10.0.0.7",
+            "WORKER": "false",
+            "QUEUE_URL": "redis://redis:6379/0",
+            "TRAIN_EVERY": "20",
+            "TRAIN_DEBOUNCE_S": "2.5",
+            "TRAIN_MIN_TASKS": "12",
+            "TRAIN_STEPS": "300",
+            "TRAIN_MARGIN": "0.01",
+            "KEEP_VERSIONS": "3",
             "THREADS": "8",
             "LOG_LEVEL": "DEBUG",
             "PATH": "/usr/bin",
@@ -63,11 +71,19 @@ def test_every_kind_of_value_is_read():
         sam_prefetch=0,
         embedding_disk_bytes=0,
         image_private_hosts=("images:8000", "10.0.0.7"),
+        worker=False,
+        queue_url="redis://redis:6379/0",
+        train_every=20,
+        train_debounce_s=2.5,
+        train_min_tasks=12,
+        train_steps=300,
+        train_margin=0.01,
+        keep_versions=3,
         threads=8,
         log_level="debug",
     )
     assert settings.max_waiting == 4
-    folders = ("weights", "images", "embeddings", "connections")
+    folders = ("weights", "images", "embeddings", "connections", "projects", "runs")
     for name in folders:
         assert getattr(settings, f"{name}_dir") == Path("/var/sam") / name
 
@@ -84,6 +100,7 @@ def test_secrets_are_not_shown():
             "LABEL_STUDIO_API_KEY": "s3cret",
             "BASIC_AUTH_USER": "user",
             "BASIC_AUTH_PASS": "s3cret",
+            "QUEUE_URL": "redis://:s3cret@redis:6379/0",
         }
     )
     assert "s3cret" not in f"{settings} {settings!r}"
@@ -136,6 +153,17 @@ def test_secrets_are_not_shown():
             "SAM_RESOLUTION must be auto, square, native, native:MIN-MAX, budget or budget:N, such "
             "as native:512-2048, got 'budget:0'",
             id="no-tokens",
+        ),
+        pytest.param(
+            {"QUEUE_URL": "amqp://user:s3cret@rabbit"},
+            "QUEUE_URL must be a Redis address such as redis://redis:6379/0, got another kind; "
+            "leave it out to queue in a file",
+            id="a-queue-of-another-kind",
+        ),
+        pytest.param(
+            {"TRAIN_MIN_TASKS": "3"},
+            "TRAIN_MIN_TASKS must be greater than or equal to 4, got '3'",
+            id="too-few-tasks-to-judge-by",
         ),
         pytest.param(
             {"BASIC_AUTH_USER": "user"},

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ml_backend.convert.polygons import polygons_from_mask, remove_specks
+from ml_backend.convert.polygons import mask_from_polygon, polygons_from_mask, remove_specks
 
 
 def drawn(*rows: str) -> np.ndarray:
@@ -221,3 +221,19 @@ def test_removes_specks(mask, min_area_px, expected):
 
     np.testing.assert_array_equal(remove_specks(mask, min_area_px=min_area_px), expected)
     np.testing.assert_array_equal(mask, before)
+
+
+@pytest.mark.parametrize(("mask", "_"), SHAPES)
+def test_filled_rings_are_the_mask_again(mask, _):
+    filled = np.zeros(mask.shape, bool)
+    for ring in polygons_from_mask(mask):
+        filled |= mask_from_polygon(ring, size_hw=mask.shape)
+    np.testing.assert_array_equal(filled, mask)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_slanted_ring_is_filled_by_the_even_odd_rule_also_outside_the_image(seed):
+    ring = np.random.default_rng(seed).uniform(-10, 40, (9, 2))  # crosses itself
+    got = mask_from_polygon(ring, size_hw=(31, 23))
+    np.testing.assert_array_equal(got, fill(ring, (31, 23)))
+    assert got.any()
