@@ -12,14 +12,10 @@ import inspect
 import json
 import logging
 import os
-import re
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import label_studio_ml.api
 import prometheus_client
@@ -29,24 +25,32 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram
 from werkzeug.exceptions import BadRequest, HTTPException
 from werkzeug.local import LocalProxy
 
+from ml_backend.connections import Connections
 from ml_backend.engine import Engine
 from ml_backend.errors import (
     BackendError,
     BadRequestError,
+    JobExistsError,
+    JobNotFoundError,
     OverloadedError,
     SettingsError,
     UnauthorizedError,
 )
 from ml_backend.images import ImageLoader
-from ml_backend.label_studio import LabelStudioClient
-from ml_backend.loading import load_predictor, open_store
-from ml_backend.model import SamBackend, Service, TrainingUnavailableError
+from ml_backend.jobs import Job, JobQueue, JobState, JobStore
+from ml_backend.loading import load_models, open_registry, open_store
+from ml_backend.model import SamBackend, Service
+from ml_backend.models import ServedModel
 from ml_backend.prefetch import Prefetcher
+from ml_backend.registry import is_project_name
 from ml_backend.settings import Settings
+from ml_backend.triggers import handle_event, start_job
+from ml_backend.web.page import PAGE, add_status_page
+from ml_backend.web.recent_errors import RecentErrors
 from sam_ext.interactive import default_crops
 from sam_ext.predictor import Predictor
 
-__all__ = ["Connections", "Manager", "create_app"]
+__all__ = ["Manager", "create_app"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,11 +60,20 @@ _POLLED_PATHS = ("/", "/health", "/metrics")
 # A batch carries the finished masks of every selected task.
 _MAX_BODY_BYTES = 512 * 2**20
 _MAX_REASON = 300
+# What Label Studio understands of a job's state.
+_JOB_STATUS: dict[JobState, str] = {
+    "queued": "queued",
+    "running": "started",
+    "judging": "started",
+    "promoted": "finished",
+    "rejected": "finished",
+    "failed": "failed",
+    "cancelled": "canceled",
+}
 # SAM's own thresholds were chosen with ViT-H; `tiny` is hardly ever as sure of a mask as that.
 _AUTOMATIC_OPTIONS = {
     "tiny": {"points_per_side": 16, "pred_iou_threshold": 0.6, "stability_threshold": 0.8}
 }
-_PROJECT = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 
 
 def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
@@ -82,22 +95,30 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
             f"DATA_DIR must be a folder that can be written to, got {settings.data_dir} "
             f"({error.strerror}); create it for this user, or set another one"
         ) from error
-    if predictor is None:
-        predictor = load_predictor(settings)
+    registry, store = open_registry(settings), open_store(settings)
+    models = load_models(settings, registry=registry, store=store, predictor=predictor)
+    _log.info("%s", _what_is_on(models.base))
     connections = Connections(settings)
     engine = Engine(
-        predictor,
         cache_bytes=settings.embedding_cache_bytes,
         max_waiting=settings.max_waiting,
-        store=open_store(settings),
-        crops=default_crops(predictor.image_size) if settings.sam_crops else None,
+        store=store,
+        crops=default_crops(models.base.predictor.image_size) if settings.sam_crops else None,
         automatic_options=_AUTOMATIC_OPTIONS.get(settings.sam_model),
     )
     service = Service(
         settings=settings,
+        registry=registry,
+        models=models,
         engine=engine,
-        images=ImageLoader(settings, connections.client_for, known_size=engine.known_size),
+        images=ImageLoader(
+            settings,
+            connections.client_for,
+            known_size=lambda digest: engine.known_size(digest, models.predictors),
+        ),
         client_for=connections.client_for,
+        jobs=JobStore(settings.data_dir),
+        queue=JobQueue(settings),
         prefetcher=Prefetcher(engine) if settings.sam_prefetch else None,
     )
 
@@ -108,66 +129,12 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
     label_studio_ml.api._manager = LocalProxy(lambda: current_app.extensions[_EXTENSION])
     # On level debug it would write the token of /setup into the log.
     logging.getLogger("label_studio_ml").setLevel(logging.INFO)
+    recent_errors = RecentErrors()
     _add_routes(app, service)
     _add_metrics(app, service)
-    _add_guards(app, settings)
+    _add_guards(app, settings, recent_errors)
+    add_status_page(app, service, recent_errors)
     return app
-
-
-class Connections:
-    """Which Label Studio a project is on, and with which token; shared by all workers.
-
-    LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY come first. What is not set is taken from the
-    project's last /setup, which is kept in a file that only this user may read: that call reaches
-    one worker, once, and the next prediction may reach another one, or the same after a restart.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._folder = settings.connections_dir
-        # Kept, because a client remembers the access token that it was given.
-        self._client = lru_cache(maxsize=64)(LabelStudioClient)
-
-    def announce(self, project: str, *, hostname: str, access_token: str) -> None:
-        """Keep what /setup said about a project."""
-        known = {"hostname": hostname, "access_token": access_token}
-        if self._announced(project) == known:
-            return
-        with tempfile.NamedTemporaryFile(  # which only this user may read
-            "w", dir=self._folder, prefix=".", delete=False
-        ) as file:
-            json.dump(known, file)
-        Path(file.name).replace(self._path(project))
-
-    def client_for(self, task: Mapping[str, Any]) -> LabelStudioClient | None:
-        """Give the Label Studio that a task came from; None if nobody has said where it is.
-
-        Args:
-            task: A task; `project` is its project's full name, as /setup gave it.
-
-        Raises:
-            LabelStudioError: If what /setup announced is no address.
-        """
-        announced = self._announced(str(task.get("project")))
-        hostname = announced.get("hostname") or None
-        base_url = self._settings.label_studio_url or hostname
-        if base_url is None:
-            return None
-        key = self._settings.label_studio_api_key
-        token = key.get_secret_value() if key is not None else announced.get("access_token")
-        return self._client(base_url, token, announced_url=hostname)
-
-    def _announced(self, project: str) -> dict[str, str]:
-        if not _PROJECT.fullmatch(project):
-            return {}
-        try:
-            known: dict[str, str] = json.loads(self._path(project).read_text())
-        except FileNotFoundError:
-            return {}
-        return known
-
-    def _path(self, project: str) -> Path:
-        return self._folder / f"{project}.json"
 
 
 class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml has no types
@@ -197,9 +164,7 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
             BackendError: If the request is not what Label Studio sends, or the labelling config
                 cannot be used; Label Studio shows the sentence on the project's Model page.
         """
-        name = _project_in(project)
-        if name is None:
-            raise BadRequestError("project must be a project's name such as 1.1795194739, got null")
+        name = _needed_project_in(project)
         extra_params = _extra_params_in(request.get_json().get("extra_params"))
         if extra_params:
             _log.warning("/setup: extra_params have no effect: %s", ", ".join(extra_params))
@@ -253,26 +218,44 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
         """Take note of an event; the body holds secrets and masks, so nothing of it is logged.
 
         Raises:
-            TrainingUnavailableError: If the event asks for training. Any 2xx would make Label
-                Studio say "Training" on the Model page; a refusal is shown there as what it is.
+            BackendError: If training was asked for, and is under way or cannot be queued. Any 2xx
+                would make Label Studio say "Training" on the Model page; a refusal is shown there
+                as what it is.
         """
-        if event == "START_TRAINING":
-            self.train()
-        _log.info("/webhook: %.60r", event)
-        return {}
+        name = _text_in("action", event)
+        _log.info("/webhook: %.60r", name)
+        service = self.service
+        return handle_event(
+            name, data, jobs=service.jobs, queue=service.queue, settings=service.settings
+        )
 
-    def train(self, *_arguments: object, **_params: object) -> NoReturn:
-        """Refuse, as START_TRAINING is refused.
+    def train(
+        self, annotations: object, project: object, label_config: object, **_params: object
+    ) -> Job:
+        """Queue a training, as START_TRAINING does.
 
         Raises:
-            TrainingUnavailableError: Always.
+            BackendError: If one is under way, or it cannot be queued.
         """
-        raise TrainingUnavailableError(self.service.model_version)
+        return start_job(
+            _needed_project_in(project),
+            "start_training",
+            jobs=self.service.jobs,
+            queue=self.service.queue,
+        )
 
     def is_training(self, project: object) -> dict[str, Any]:
-        """Say that nothing is trained."""
-        version = self.service.model_version
-        return {"is_training": False, "backend": "none", "model_version": version}
+        """Say whether a project, or without one any, has a training under way."""
+        name, jobs = _project_in(project), self.service.jobs
+        if name is not None:
+            job = jobs.unfinished(name)
+        else:
+            job = next((job for job in jobs.jobs() if not job.is_finished), None)
+        return {
+            "is_training": job is not None,
+            "job": None if job is None else job.id,
+            "model_version": self.service.models.version_of(name),
+        }
 
 
 def _add_routes(app: Flask, service: Service) -> None:
@@ -280,27 +263,54 @@ def _add_routes(app: Flask, service: Service) -> None:
         return jsonify(
             status="UP",
             model=service.settings.sam_model,
-            model_version=service.model_version,
-            device=str(service.engine.predictor.device),
+            model_version=base.model_version,
+            device=str(base.predictor.device),
+            stable_sam=base.predictor.stable_sam is not None,
+            problems=list(service.models.errors.values()),
         )
 
     def versions() -> Response:
-        return jsonify(versions=[service.model_version])
+        body = request.get_json() if request.method == "POST" else request.args
+        name = _project_in(body.get("project"))
+        names = service.registry.names() if name is None else [name]
+        found = [
+            version.model_version
+            for one in names
+            for version in service.registry.project(one).versions()
+        ]
+        return jsonify(versions=[base.model_version, *found])
 
-    def train() -> NoReturn:
-        raise TrainingUnavailableError(service.model_version)
+    def job_status() -> Response:
+        try:
+            job = service.jobs.get(_job_in(request.get_json().get("job")))
+        except JobNotFoundError as error:
+            return _error_response(str(error), 410)  # which Label Studio takes for "removed"
+        return jsonify(
+            job=job.id,
+            job_status=_JOB_STATUS[job.state],
+            state=job.state,
+            reason=job.reason,
+            progress=job.progress,
+            created_at=job.created_at,
+            started_at=job.started_at,
+            finished_at=job.finished_at,
+        )
 
-    own: dict[str, Callable[..., Any]] = {
-        "health": health,
-        "get_version": versions,
-        "_train": train,
-    }
+    base = service.models.base
+    own: dict[str, Callable[..., Any]] = {"health": health, "get_version": versions}
     theirs = label_studio_ml.api._server
     for rule in theirs.url_map.iter_rules():
-        if rule.endpoint not in ("static", "metrics"):
+        if rule.endpoint not in ("static", "metrics") and rule.rule != "/":  # the status page's
             view = own.get(rule.endpoint) or _bare(theirs.view_functions[rule.endpoint])
             app.add_url_rule(rule.rule, rule.endpoint, view, methods=rule.methods)
     app.add_url_rule("/versions", "versions", versions)  # which Label Studio asks with GET
+    app.add_url_rule("/job_status", "job_status", job_status, methods=["POST"])
+
+
+def _what_is_on(base: ServedModel) -> str:
+    plugin = base.predictor.stable_sam
+    stable = "on" if plugin is not None else "off: SAM_STABLE is false, or the model has no plugin"
+    return f"{base.model_version} on {base.predictor.device}; Stable-SAM is {stable}"
 
 
 def _bare(view: Callable[..., Any]) -> Callable[..., Any]:
@@ -309,27 +319,31 @@ def _bare(view: Callable[..., Any]) -> Callable[..., Any]:
     return bare
 
 
-def _add_guards(app: Flask, settings: Settings) -> None:
+def _add_guards(app: Flask, settings: Settings, recent_errors: RecentErrors) -> None:
     """Who may ask, what a body is, and how a failure is answered."""
 
     @app.before_request
     def check() -> None:
         if settings.basic_auth_user is not None and request.path not in _OPEN_PATHS:
             _check_credentials(settings)
-        if request.method == "POST":
+        if request.method == "POST" and request.blueprint != PAGE:
             _check_body()
+        if settings.basic_auth_user is not None and _asks_for_training():
+            _check_credentials(settings)  # which Label Studio sends with this event alone
 
     @app.errorhandler(BackendError)
     def backend_error(error: BackendError) -> Response:
         level = logging.ERROR if error.status >= 500 else logging.WARNING
         _log.log(level, "%s %s: %s [%s]", request.method, request.path, error, g.id)
         response = _error_response(str(error), error.status)
-        if isinstance(error, TrainingUnavailableError):
-            response.set_data(json.dumps({**response.get_json(), "job": None}))
+        if isinstance(error, JobExistsError):
+            response.set_data(json.dumps({**response.get_json(), "job": error.job_id}))
         if isinstance(error, OverloadedError):
             response.headers["Retry-After"] = str(error.retry_after_s)
         if isinstance(error, UnauthorizedError):
             response.headers["WWW-Authenticate"] = 'Basic realm="SAM", charset="UTF-8"'
+        else:
+            _note(recent_errors, response)
         return response
 
     @app.errorhandler(HTTPException)
@@ -340,9 +354,11 @@ def _add_guards(app: Flask, settings: Settings) -> None:
     @app.errorhandler(Exception)
     def unexpected_error(error: Exception) -> Response:
         _log.exception("%s %s failed [%s]", request.method, request.path, g.id)
-        return _error_response(
+        response = _error_response(
             "the backend failed in a way it does not know; look for the id in its log", 500
         )
+        _note(recent_errors, response)
+        return response
 
 
 def _check_credentials(settings: Settings) -> None:
@@ -379,12 +395,25 @@ def _check_body() -> None:
         raise BadRequestError(f"params must be an object, got {_kind_of(body['params'])}")
 
 
+def _asks_for_training() -> bool:
+    return request.path == "/webhook" and request.get_json()["action"] == "START_TRAINING"
+
+
 def _error_response(sentence: str, status: int) -> Response:
     response = jsonify(error=sentence, id=g.id)
     # Label Studio shows the status line and nothing of the body.
     reason = " ".join(sentence.encode("ascii", "replace").decode().split())
     response.status = f"{status} {reason[:_MAX_REASON]}"
     return response
+
+
+def _note(recent_errors: RecentErrors, response: Response) -> None:
+    recent_errors.note(
+        response.get_json()["error"],
+        request=f"{request.method} {request.path}",
+        status=response.status_code,
+        error_id=g.id,
+    )
 
 
 def _add_metrics(app: Flask, service: Service) -> None:
@@ -452,11 +481,25 @@ def _project_in(value: object) -> str | None:
     if value is None:
         return None
     name = _text_in("project", value)
-    if not _PROJECT.fullmatch(name):
+    if not is_project_name(name):
         raise BadRequestError(
             f"project must be a project's name such as 1.1795194739, got {name[:100]!r}"
         )
     return name
+
+
+def _needed_project_in(value: object) -> str:
+    name = _project_in(value)
+    if name is None:
+        raise BadRequestError("project must be a project's name such as 1.1795194739, got null")
+    return name
+
+
+def _job_in(value: object) -> int:
+    """A job's number; Label Studio keeps it as a text."""
+    if not str(value).isdecimal():
+        raise BadRequestError(f"job must be the number of a job, got {str(value)[:60]!r}")
+    return int(str(value))
 
 
 def _extra_params_in(value: object) -> dict[str, Any]:

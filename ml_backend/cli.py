@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +53,11 @@ BackendUrlOption = Annotated[
     ),
 ]
 
+VersionedProjectOption = Annotated[
+    str,
+    typer.Option("--project", help="The number in the project's address, or 1.1795194739 in full."),
+]
+
 
 @contextmanager
 def _errors_as_one_sentence() -> Iterator[None]:
@@ -70,13 +77,56 @@ def _address_and_token(url: str | None, token: str | None) -> tuple[str, str]:
 
 @app.command()
 def serve() -> None:
-    """Answer Label Studio's requests."""
+    """Answer Label Studio's requests, with the worker that trains beside it."""
+    from ml_backend.supervisor import supervise
+
     with _errors_as_one_sentence():
         settings = load_settings()
         if settings.sam_model in MODELS and settings.sam_model != "tiny":
             _download(settings)
     command = gunicorn_command(settings)
-    os.execv(command[0], command)
+    if not settings.worker:
+        os.execv(command[0], command)
+    _log_to_stderr(settings)
+    raise typer.Exit(supervise(command, [sys.executable, "-m", "ml_backend.cli", "worker"]))
+
+
+@app.command()
+def worker() -> None:
+    """Train what is queued; `serve` runs one, unless WORKER is false."""
+    from ml_backend.worker import run_worker
+
+    with _errors_as_one_sentence():
+        settings = load_settings()
+        _log_to_stderr(settings)
+        run_worker(settings)
+
+
+def _log_to_stderr(settings: Settings) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for package in ("ml_backend", "sam_ext"):
+        logging.getLogger(package).setLevel(settings.log_level.upper())
+
+
+@app.command()
+def train(
+    project: Annotated[int, typer.Option("--project", help="The number in the project's address.")],
+    url: UrlOption = None,
+    token: TokenOption = None,
+) -> None:
+    """Queue a training of a project, as its Start Training button does."""
+    from ml_backend.jobs import JobQueue, JobStore
+    from ml_backend.label_studio import LabelStudioClient, project_name
+    from ml_backend.triggers import start_job
+
+    url, token = _address_and_token(url, token)
+    with _errors_as_one_sentence():
+        settings = load_settings()
+        name = project_name(LabelStudioClient(url, token).get_project(project))
+        jobs, queue = JobStore(settings.data_dir), JobQueue(settings)
+        job = start_job(name, "command", jobs=jobs, queue=queue)
+        queue.close()
+    typer.echo(f"Job {job.id} is queued: a training of project {name}.")
 
 
 def _download(settings: Settings) -> None:
@@ -151,7 +201,7 @@ def warm(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from ml_backend.label_studio import LabelStudioClient
-    from ml_backend.loading import load_predictor, open_store
+    from ml_backend.loading import load_models, open_registry, open_store
     from ml_backend.warm import warm_project
 
     url, token = _address_and_token(url, token)
@@ -159,13 +209,14 @@ def warm(
     columns = ("Embedding", BarColumn(), MofNCompleteColumn(), "tasks", TimeRemainingColumn())
     with _errors_as_one_sentence(), Progress(*columns) as bars:
         settings = load_settings()
+        store = open_store(settings)
         bar = bars.add_task("warm", total=None)
         report = warm_project(
             LabelStudioClient(url, token),
             project,
             settings=settings,
-            predictor=load_predictor(settings),
-            store=open_store(settings),
+            models=load_models(settings, registry=open_registry(settings), store=store),
+            store=store,
             progress=lambda done, total: bars.update(bar, completed=done, total=total),
         )
     typer.echo(
@@ -181,6 +232,41 @@ def warm(
             err=True,
         )
     raise typer.Exit(1 if report.failures else 0)
+
+
+@app.command()
+def versions(project: VersionedProjectOption) -> None:
+    """List a project's trained versions, and which one is served."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ml_backend.loading import open_registry
+
+    with _errors_as_one_sentence():
+        found = open_registry(load_settings()).find_project(project)
+        activated = found.activated()
+        rows = [(0, "the base model", "")]
+        for version in found.versions():
+            added = datetime.fromtimestamp(version.created_at).strftime("%Y-%m-%d %H:%M")
+            rows.append((version.number, version.model_version, added))
+    states = dict.fromkeys([number or 0 for number in activated[-2:-1]], "rollback returns to it")
+    states[activated[-1] or 0] = "active"
+    table = Table("number", "version", "added", "", title=f"project {found.name}")
+    for number, name, added in rows:
+        table.add_row(str(number or ""), _escape(name), added, states.get(number))
+    Console().print(table)
+
+
+@app.command()
+def rollback(project: VersionedProjectOption) -> None:
+    """Have a project served again by what it was served by before."""
+    from ml_backend.loading import open_registry
+
+    with _errors_as_one_sentence():
+        found = open_registry(load_settings()).find_project(project)
+        version = found.rollback()
+    name = "the base model" if version is None else version.model_version
+    typer.echo(f"Project {found.name} is served by {name} again.")
 
 
 @app.command()

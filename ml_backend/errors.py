@@ -3,6 +3,7 @@
 BackendError                500  anything of ours that has no better name
 ├── BadRequestError         400  the request's body or its drawing
 ├── UnauthorizedError       401  basic auth is on and the request has none that fits
+├── ForbiddenError          403  a button of the status page, pressed by another site
 ├── LabelConfigError        400  the labelling config offers nothing to prompt or to return
 ├── ImageError                   the task's image, by step
 │   ├── ImageAddressError   400  the address is of a kind or at a place that is not read
@@ -10,7 +11,11 @@ BackendError                500  anything of ours that has no better name
 │   ├── ImageTooLargeError  413  more bytes or pixels than the limits allow
 │   └── ImageDecodeError    422  the file is no picture that can be read
 ├── LabelStudioError        502  Label Studio's API refused or did not answer
+├── JobExistsError          409  the project has a training job under way; carries its number
+├── JobNotFoundError        404  there is no training job of that number
+├── JobsUnavailableError    503  the jobs' database or queue cannot be read or written
 ├── OverloadedError         503  the queue is full; carries Retry-After
+├── RegistryError           409  a version of a model is not there, is damaged, or cannot be kept
 └── SettingsError           500  a setting is missing or wrong (raised at start-up)
 """
 
@@ -19,14 +24,19 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BadRequestError",
+    "ForbiddenError",
     "ImageAddressError",
     "ImageDecodeError",
     "ImageError",
     "ImageFetchError",
     "ImageTooLargeError",
+    "JobExistsError",
+    "JobNotFoundError",
+    "JobsUnavailableError",
     "LabelConfigError",
     "LabelStudioError",
     "OverloadedError",
+    "RegistryError",
     "SettingsError",
     "UnauthorizedError",
 ]
@@ -48,6 +58,12 @@ class UnauthorizedError(BackendError):
     """Basic auth is on and the request carries no credentials that fit."""
 
     status = 401
+
+
+class ForbiddenError(BackendError):
+    """A button of the status page was not pressed on that page."""
+
+    status = 403
 
 
 class LabelConfigError(BackendError):
@@ -92,6 +108,28 @@ class LabelStudioError(BackendError):
     status = 502
 
 
+class JobExistsError(BackendError):
+    """The project has a training job under way already: job `job_id`."""
+
+    status = 409
+
+    def __init__(self, message: str, *, job_id: int) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
+class JobNotFoundError(BackendError):
+    """There is no training job of that number."""
+
+    status = 404
+
+
+class JobsUnavailableError(BackendError):
+    """The jobs' database or their queue cannot be read or written."""
+
+    status = 503
+
+
 class OverloadedError(BackendError):
     """The queue is full; try again after `retry_after_s` seconds."""
 
@@ -100,6 +138,12 @@ class OverloadedError(BackendError):
     def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RegistryError(BackendError):
+    """A version of a project's model is not there, is damaged, or cannot be kept or changed."""
+
+    status = 409
 
 
 class SettingsError(BackendError):

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -21,9 +22,17 @@ from urllib.parse import urljoin, urlsplit
 import requests
 from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
-from ml_backend.errors import LabelStudioError
+from ml_backend.errors import BadRequestError, LabelStudioError
 
-__all__ = ["LabelStudioClient", "LabelStudioUnreachableError", "Origin", "ca_bundle", "origin_of"]
+__all__ = [
+    "LabelStudioClient",
+    "LabelStudioUnreachableError",
+    "Origin",
+    "ca_bundle",
+    "origin_of",
+    "project_name",
+    "project_number",
+]
 
 _API_TIMEOUT_S = (3.05, 30.0)  # to connect; between two bytes
 _IMPORT_TIMEOUT_S = (3.05, 300.0)
@@ -57,6 +66,42 @@ def origin_of(url: str) -> Origin:
         raise ValueError("host must not be empty")
     host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
     return Origin(parts.scheme, host, parts.port or _DEFAULT_PORTS[parts.scheme])
+
+
+def project_name(project: Mapping[str, Any]) -> str:
+    """Name a project as Label Studio does in /setup and /predict: its number, and when it was made.
+
+    The number alone would confuse the projects of two Label Studios.
+
+    Args:
+        project: The project as its API or a webhook describes it: `id` and `created_at` are read.
+
+    Returns:
+        Such as `1.1795194739`; the second part is in seconds since 1970.
+
+    Raises:
+        BadRequestError: If one of them is missing, or is none.
+    """
+    number, created_at = project.get("id"), project.get("created_at")
+    if type(number) is not int or number < 0:
+        raise BadRequestError(
+            f"project.id must be a number, got {type(number).__name__}; send the project as Label "
+            "Studio describes it"
+        )
+    try:
+        created = datetime.fromisoformat(str(created_at).replace("Z", "+00:00"))
+        return f"{number}.{int(created.timestamp())}"
+    except (ValueError, OverflowError) as error:
+        raise BadRequestError(
+            f"project.created_at must be a time such as 2026-11-20T17:12:19Z, got "
+            f"{str(created_at)[:60]!r}; send the project as Label Studio describes it"
+        ) from error
+
+
+def project_number(name: str) -> int | None:
+    """Give the number in a project's name, which Label Studio's API wants; None if it has none."""
+    number = name.partition(".")[0]
+    return int(number) if number.isdecimal() else None
 
 
 def ca_bundle() -> str:
@@ -225,7 +270,7 @@ class LabelStudioClient:
             return self._call("POST", path, files=files, timeout=_IMPORT_TIMEOUT_S)
 
     def list_tasks(
-        self, project_id: int, *, after: int = 0, limit: int = 100
+        self, project_id: int, *, after: int = 0, limit: int = 100, annotated: bool = False
     ) -> list[dict[str, Any]]:
         """A project's tasks by their ids, each with `id` and `data` as /predict has it.
 
@@ -233,9 +278,13 @@ class LabelStudioClient:
             project_id: The project.
             after: Only tasks with a larger id.
             limit: At most so many.
+            annotated: Only those that were annotated and not skipped only, with `annotations`.
         """
-        item = {"filter": "filter:tasks:id", "operator": "greater", "type": "Number"}
-        filters = {"conjunction": "and", "items": [item | {"value": after}]}
+        above = {"operator": "greater", "type": "Number"}
+        items = [above | {"filter": "filter:tasks:id", "value": after}]
+        if annotated:
+            items.append(above | {"filter": "filter:tasks:total_annotations", "value": 0})
+        filters = {"conjunction": "and", "items": items}
         params = {
             "project": project_id,
             "page_size": limit,
@@ -244,9 +293,24 @@ class LabelStudioClient:
             "resolve_uri": "false",
             # Otherwise some projects have the tasks predicted first: by this backend.
             "review": "true",
-        }
+        } | ({"fields": "all"} if annotated else {})
         tasks: list[dict[str, Any]] = self._call("GET", "/api/tasks/", params=params)["tasks"]
         return tasks
+
+    def annotated_tasks(self, project_id: int, *, page_size: int = 50) -> Iterator[dict[str, Any]]:
+        """All tasks of a project that were annotated and not skipped only, by their ids.
+
+        Args:
+            project_id: The project.
+            page_size: So many are asked for at a time; each comes with all its masks.
+
+        Returns:
+            Each task as `list_tasks` has it, with its `annotations`.
+        """
+        after = 0
+        while tasks := self.list_tasks(project_id, after=after, limit=page_size, annotated=True):
+            yield from tasks
+            after = tasks[-1]["id"]
 
     def connect_backend(
         self,

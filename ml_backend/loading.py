@@ -1,13 +1,19 @@
-"""The model and its store of embeddings, as the settings say; for serving and for warming."""
+"""The models and their store of embeddings, as the settings say; for serving and for warming."""
 
 from __future__ import annotations
 
 import re
+from functools import cache
+from pathlib import Path
 
 from ml_backend.embeddings import EmbeddingStore
+from ml_backend.models import Models, ServedModel
+from ml_backend.registry import VERSION_PREFIX, Registry, Version
 from ml_backend.settings import Settings
-from sam_ext.ba_sam import DEFAULT_BA_SAM, default_ba_sam
+from sam_ext.adapters import apply_adapter
+from sam_ext.ba_sam import DEFAULT_BA_SAM, BaSamConfig, default_ba_sam
 from sam_ext.checkpoints import find_stable_sam, load_sam, resolve_device
+from sam_ext.config import MODELS
 from sam_ext.errors import CheckpointError
 from sam_ext.predictor import Predictor
 from sam_ext.resolution import ResolutionPolicy, default_policy
@@ -15,10 +21,14 @@ from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam, load_stable_sam
 
 __all__ = [
+    "ba_sam_config",
     "load_base",
+    "load_models",
     "load_plugin",
     "load_predictor",
     "make_predictor",
+    "model_name",
+    "open_registry",
     "open_store",
     "resolution_policy",
 ]
@@ -77,14 +87,77 @@ def load_plugin(sam: Sam, settings: Settings) -> StableSam | None:
 def make_predictor(sam: Sam, settings: Settings, stable_sam: StableSam | None) -> Predictor:
     """Make the predictor of a model, the base or an adapted one, as the settings say."""
     side: int = sam.image_encoder.img_size
-    default = default_ba_sam(side) if settings.sam_ba_sam is None else None
     return Predictor(
         sam,
-        ba_sam=DEFAULT_BA_SAM if settings.sam_ba_sam else default,
+        ba_sam=ba_sam_config(settings, side),
         policy=resolution_policy(settings.sam_resolution, side),
         precision=settings.sam_precision,
         stable_sam=stable_sam,
     )
+
+
+def ba_sam_config(settings: Settings, train_side: int) -> BaSamConfig | None:
+    """Read `SAM_BA_SAM` for a model that was trained on squares of `train_side` pixels."""
+    if settings.sam_ba_sam is None:
+        return default_ba_sam(train_side)
+    return DEFAULT_BA_SAM if settings.sam_ba_sam else None
+
+
+def model_name(settings: Settings) -> str:
+    """Give the base model's name as it stands in the names of versions."""
+    model = settings.sam_model
+    return model if model in MODELS else Path(model).stem
+
+
+def load_models(
+    settings: Settings,
+    *,
+    registry: Registry,
+    store: EmbeddingStore | None = None,
+    predictor: Predictor | None = None,
+) -> Models:
+    """Load the base model, and be ready to load the versions of projects.
+
+    Args:
+        settings: How the service is set up.
+        registry: The versions.
+        store: Where the embeddings of the models go; told whose they are.
+        predictor: The base model, instead of the one that the settings name.
+
+    Raises:
+        CheckpointError: If its weights, or the plugin's, are missing, damaged or do not fit.
+        ConfigError: If the device is none, or is not there.
+    """
+
+    @cache
+    def base() -> Sam:
+        return load_base(settings)
+
+    @cache
+    def plugin() -> StableSam | None:
+        return load_plugin(base(), settings)
+
+    if predictor is None:
+        predictor = make_predictor(base(), settings, plugin())
+
+    def load(version: Version) -> Predictor:
+        adapted = make_predictor(apply_adapter(base(), version.adapter), settings, plugin())
+        if store is not None:
+            store.belongs_to(adapted.embedding_fingerprint, version.folder)
+        return adapted
+
+    name = f"{VERSION_PREFIX}{model_name(settings)}-{predictor.fingerprint[:8]}"
+    return Models(
+        ServedModel(predictor=predictor, model_version=name),
+        registry=registry,
+        load=load,
+        max_loaded=settings.models_loaded,
+    )
+
+
+def open_registry(settings: Settings) -> Registry:
+    """Give the versions of all projects."""
+    return Registry(settings.projects_dir, keep=settings.keep_versions)
 
 
 def open_store(settings: Settings) -> EmbeddingStore | None:

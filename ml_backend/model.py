@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from statistics import fmean
 from typing import Any, TypeAlias
 
@@ -23,16 +22,19 @@ from ml_backend.convert.regions import regions_from_mask
 from ml_backend.engine import Engine
 from ml_backend.errors import BackendError, BadRequestError, ImageAddressError, OverloadedError
 from ml_backend.images import ImageLoader, LoadedImage
+from ml_backend.jobs import JobQueue, JobStore
 from ml_backend.label_config import LabelConfig, parse_label_config
 from ml_backend.label_studio import LabelStudioClient
 from ml_backend.lanes import Priority
+from ml_backend.models import Models, ServedModel
 from ml_backend.prefetch import Prefetcher
+from ml_backend.registry import VERSION_PREFIX, Registry
 from ml_backend.settings import Settings
-from sam_ext.config import MODELS
+from ml_backend.triggers import start_job
 from sam_ext.errors import PromptError
-from sam_ext.predictor import ObjectPrompt
+from sam_ext.predictor import ObjectPrompt, Predictor
 
-__all__ = ["SamBackend", "Service", "TrainingUnavailableError"]
+__all__ = ["SamBackend", "Service"]
 
 Region: TypeAlias = dict[str, Any]
 Task: TypeAlias = Mapping[str, Any]
@@ -45,19 +47,6 @@ _log = logging.getLogger(__name__)
 _ANY_SIZE = (1000, 1000)
 # A mask has the image's size: so many of them are held at a time.
 _OBJECTS_AT_ONCE = 16
-_OWN_PREFIX = "sam-"
-
-
-class TrainingUnavailableError(BackendError):
-    """Training was asked for, which this version does not have."""
-
-    status = 501
-
-    def __init__(self, model_version: str) -> None:
-        super().__init__(
-            "training is not available in this version: nothing was started, and the model "
-            f"{model_version} stays as it is"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +54,23 @@ class Service:
     """What all requests of a process share."""
 
     settings: Settings
+    registry: Registry
+    models: Models
     engine: Engine
     images: ImageLoader
     client_for: Callable[[Task], LabelStudioClient | None]
     """Gives the Label Studio that a task came from, by the task's `project`."""
+    jobs: JobStore
+    queue: JobQueue
     prefetcher: Prefetcher | None = None
-
-    @property
-    def model_version(self) -> str:
-        """What /setup answers and every prediction carries: the model's name and its weights."""
-        model = self.settings.sam_model
-        name = model if model in MODELS else Path(model).stem
-        return f"{_OWN_PREFIX}{name}-{self.engine.predictor.fingerprint[:8]}"
 
     def close(self) -> None:
         """End all threads; what runs for an annotator is finished."""
         if self.prefetcher is not None:
             self.prefetcher.close()
         self.engine.close()
+        self.models.close()
+        self.queue.close()
 
 
 class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml has no types
@@ -93,18 +81,26 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
 
         Args:
             label_config: The project's labelling config, XML.
-            service: The model and what it works with.
-            project: The project as Label Studio names it (`<id>.<created>`), to find its images.
+            service: The models and what they work with.
+            project: The project as Label Studio names it (`<id>.<created>`), to find its model and
+                its images.
 
         Raises:
             LabelConfigError: If the config cannot be read or has no image.
         """
         super().__init__()  # without the config, which it would parse again with other rules
         self.label_config = label_config
-        self.model_version = service.model_version
+        self.model_version = service.models.version_of(project)
         self._config: LabelConfig = parse_label_config(label_config)
         self._service = service
         self._project = project
+
+    @cached_property
+    def _model(self) -> ServedModel:
+        """What answers all of this request; asked for when there is something to answer."""
+        model = self._service.models.for_project(self._project)
+        self.model_version = model.model_version
+        return model
 
     def predict(
         self, tasks: Sequence[Task], *, context: Mapping[str, Any] | None = None, **_params: Any
@@ -149,13 +145,18 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             regions = self._answer(tasks[0], read, Priority.DRAWING)
         return [self._prediction(regions) or {"result": []}]
 
-    def fit(self, tasks: Sequence[Task], workdir: str | None = None, **_params: Any) -> None:
-        """Refuse: there is no training in this version.
+    def fit(
+        self, tasks: Sequence[Task], workdir: str | None = None, **_params: Any
+    ) -> dict[str, Any]:
+        """Queue a training of the project; the worker asks Label Studio for the tasks itself.
 
         Raises:
-            TrainingUnavailableError: Always.
+            BackendError: If the project is not known, one is under way, or it cannot be queued.
         """
-        raise TrainingUnavailableError(self.model_version)
+        if self._project is None:
+            raise BadRequestError("project must be a project's name to train it, got none")
+        jobs, queue = self._service.jobs, self._service.queue
+        return {"job": start_job(self._project, "start_training", jobs=jobs, queue=queue).id}
 
     def _predict_batch(self, tasks: Sequence[Task]) -> list[Prediction]:
         predictions: list[Prediction] = []
@@ -181,9 +182,13 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
         if prefetcher is not None:
             prefetcher.open(
                 self._project or "",
+                predictor=self._current_predictor,
                 own=partial(self._images_of, task),
                 following=partial(self._images_after, task),
             )
+
+    def _current_predictor(self) -> Predictor:
+        return self._service.models.for_project(self._project).predictor
 
     def _images_of(self, task: Task) -> Iterator[Callable[[], LoadedImage]]:
         for tag in self._config.images:
@@ -217,6 +222,7 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
     def _answer(self, task: Task, read: _Reader, priority: Priority) -> list[Region]:
         """Answer the objects that `read` finds, once it knows each image's size."""
         regions: list[Region] = []
+        predictor = self._model.predictor  # whose embeddings may tell the image's size
         places = dict.fromkeys((one.image_name, one.item_index) for one in read(_ANY_SIZE))
         for image_name, item_index in places:
             image = self._load(task, image_name, item_index)
@@ -225,11 +231,15 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
                 for one in read(image.size_hw)
                 if (one.image_name, one.item_index) == (image_name, item_index)
             ]
-            regions += self._regions(objects, image, priority)
+            regions += self._regions(predictor, objects, image, priority)
         return regions
 
     def _regions(
-        self, objects: Sequence[PromptedObject], image: LoadedImage, priority: Priority
+        self,
+        predictor: Predictor,
+        objects: Sequence[PromptedObject],
+        image: LoadedImage,
+        priority: Priority,
     ) -> list[Region]:
         regions: list[Region] = []
         for start in range(0, len(objects), _OBJECTS_AT_ONCE):
@@ -243,7 +253,7 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
                     )
                     for one in part
                 ]
-                answers = self._service.engine.answer(image, prompts, priority=priority)
+                answers = self._service.engine.answer(predictor, image, prompts, priority=priority)
             except PromptError as error:
                 raise BadRequestError(f"the drawing is no prompt: {error}") from error
             for one, answer in zip(part, answers, strict=True):
@@ -253,15 +263,17 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
                     item_index=one.item_index,
                     labels=one.labels,
                     score=answer.iou_prediction,
+                    routing=answer.candidates.routing,
                 )
         return regions
 
     def _automatic_answer(self, task: Task) -> list[Region]:
         regions: list[Region] = []
+        engine, predictor = self._service.engine, self._model.predictor
         for tag in self._config.images:
             image = self._load(task, tag.name, None)
-            embedding = self._service.engine.embed(image, priority=Priority.BATCH)
-            for found in self._service.engine.automatic_masks(embedding):
+            embedding = engine.embed(predictor, image, priority=Priority.BATCH)
+            for found in engine.automatic_masks(predictor, embedding):
                 regions += self._regions_of(
                     found.mask, image_name=tag.name, score=found.iou_prediction
                 )
@@ -275,9 +287,10 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
         score: float,
         labels: Sequence[str] = (),
         item_index: int | None = None,
+        routing: float | None = None,
     ) -> list[Region]:
         settings = self._service.settings
-        return regions_from_mask(
+        regions = regions_from_mask(
             mask,
             config=self._config,
             image_name=image_name,
@@ -287,6 +300,10 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             tolerance_px=settings.sam_polygon_tolerance_px,
             item_index=item_index,
         )
+        if routing is not None:  # how far Stable-SAM's plugin took part; Label Studio keeps it
+            for region in regions:
+                region["meta"] = {"routing": round(routing, 3)}
+        return regions
 
     def _prediction(self, regions: list[Region]) -> dict[str, Any] | None:
         if not regions:
@@ -331,6 +348,6 @@ def _stored(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
             where = f"{name}[{index}] of task {task.get('id')}"
             if not isinstance(entry, Mapping):
                 raise BadRequestError(f"{where} must be an object, got {type(entry).__name__}")
-            is_own = str(entry.get("model_version")).startswith(_OWN_PREFIX)
+            is_own = str(entry.get("model_version")).startswith(VERSION_PREFIX)
             if not is_own and not entry.get("was_cancelled"):
                 yield where, entry

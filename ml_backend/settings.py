@@ -56,8 +56,11 @@ class Settings(BaseModel):
     """At which size images are encoded. `auto`: what suits the model. `square`: SAM's own. `native`
     or `native:MIN-MAX`: the image's size, its long side clamped to so many pixels. `budget` or
     `budget:N`: as large as N tokens of 16 x 16 px allow, by default those of training."""
-    sam_ba_sam: bool = True
-    """Keep the attention's habits at sizes that the model was not trained at (BA-SAM)."""
+    sam_ba_sam: bool | None = None
+    """Keep the attention's habits at sizes that the model was not trained at (BA-SAM); unset: where
+    the model was trained at one size only, as all but `tiny` were."""
+    sam_stable: bool | None = None
+    """Forgive sloppy prompts (Stable-SAM); unset: where the model has a plugin for it."""
     sam_precision: Precision = "auto"
     """Of the encoder: `bf16`, `fp32`, or `auto`, bf16 where the processor or GPU does it well."""
     sam_crops: bool = True
@@ -97,6 +100,26 @@ class Settings(BaseModel):
     embedding_disk_bytes: int = Field(default=8 * 2**30, ge=0)
     """Bound of `DATA_DIR/embeddings`, where they outlive the process; 0: they do not."""
 
+    models_loaded: int = Field(default=4, ge=1)
+    """Trained versions that one process keeps in memory, of all projects, beside the base model."""
+    worker: bool = True
+    """`serve` runs the worker that trains, too; false where that is a container of its own."""
+    queue_url: SecretStr | None = None
+    """`redis://…`: training jobs go through that Redis, which nobody else may write to; unset:
+    through a file in `DATA_DIR`."""
+    train_every: int = Field(default=0, ge=0)
+    """Train after so many new or changed annotations of a project; 0: only when asked to."""
+    train_debounce_s: float = Field(default=60.0, ge=0)
+    """Such a training waits until nobody has annotated for so long."""
+    train_min_tasks: int = Field(default=8, ge=4)
+    """The least number of annotated tasks to train with, held-out ones included."""
+    train_steps: int = Field(default=0, ge=0)
+    """Steps of a training; 0: chosen by the number of images."""
+    train_margin: float = Field(default=0.005, ge=0, lt=1)
+    """A trained version is served if its mean IoU on the held-out tasks is better by this much."""
+    keep_versions: int = Field(default=5, ge=2)
+    """Versions of a project that are kept, the active one and the one before it included."""
+
     host: str = "0.0.0.0"
     port: int = Field(default=9090, ge=1, le=65535)
     workers: int = Field(default=1, ge=1)
@@ -120,6 +143,17 @@ class Settings(BaseModel):
             raise ValueError(
                 f"{str(info.field_name).upper()} must be an address such as "
                 f"http://label-studio:8080, got {value!r}"
+            )
+        return value
+
+    @field_validator("queue_url")
+    @classmethod
+    def _check_queue_url(cls, value: SecretStr | None) -> SecretStr | None:
+        schemes = ("redis://", "rediss://", "unix://")
+        if value is not None and not value.get_secret_value().startswith(schemes):
+            raise ValueError(
+                "QUEUE_URL must be a Redis address such as redis://redis:6379/0, got another "
+                "kind; leave it out to queue in a file"
             )
         return value
 
@@ -177,6 +211,16 @@ class Settings(BaseModel):
     def connections_dir(self) -> Path:
         """Where the Label Studio of each project is kept, as /setup announced it: with tokens."""
         return self.data_dir / "connections"
+
+    @property
+    def projects_dir(self) -> Path:
+        """Where each project's trained versions are kept."""
+        return self.data_dir / "projects"
+
+    @property
+    def runs_dir(self) -> Path:
+        """Where each training keeps what it needs to go on after a stop, until it ends."""
+        return self.data_dir / "runs"
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
