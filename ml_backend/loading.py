@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +33,9 @@ __all__ = [
     "open_store",
     "resolution_policy",
 ]
+
+
+_COMPILED_PAD_TO = 128  # pixels: eight shapes of a long side of 1024
 
 
 def load_predictor(settings: Settings) -> Predictor:
@@ -87,12 +91,14 @@ def load_plugin(sam: Sam, settings: Settings) -> StableSam | None:
 def make_predictor(sam: Sam, settings: Settings, stable_sam: StableSam | None) -> Predictor:
     """Make the predictor of a model, the base or an adapted one, as the settings say."""
     side: int = sam.image_encoder.img_size
+    policy = resolution_policy(settings.sam_resolution, side)
     return Predictor(
         sam,
         ba_sam=ba_sam_config(settings, side),
-        policy=resolution_policy(settings.sam_resolution, side),
+        policy=replace(policy, pad_to=_COMPILED_PAD_TO) if settings.sam_compile else policy,
         precision=settings.sam_precision,
         stable_sam=stable_sam,
+        compiled=settings.sam_compile,
     )
 
 

@@ -63,6 +63,9 @@ class Settings(BaseModel):
     """Forgive sloppy prompts (Stable-SAM); unset: where the model has a plugin for it."""
     sam_precision: Precision = "auto"
     """Of the encoder: `bf16`, `fp32`, or `auto`, bf16 where the processor or GPU does it well."""
+    sam_compile: bool = False
+    """Compile the encoder, for GPUs: each shape of image takes its time once per process, so images
+    are padded to multiples of 128 px."""
     sam_crops: bool = True
     """Look at small objects in a crop of the image, embedded for itself."""
     sam_prefetch: int = Field(default=2, ge=0)

@@ -177,6 +177,7 @@ class Predictor:
         policy: ResolutionPolicy | None = None,
         precision: Precision = "fp32",
         stable_sam: StableSam | None = None,
+        compiled: bool = False,
     ) -> None:
         """Take over a SAM, which must not be changed from here on.
 
@@ -188,6 +189,8 @@ class Predictor:
                 takes it; the decoder's is single.
             stable_sam: Plugin for sloppy prompts, trained with this SAM. It answers a single point
                 with the single mask, as it was trained to: with the whole object.
+            compiled: Compile the encoder, once for each shape of its input (minutes each on a CPU):
+                for GPUs, with a policy whose `pad_to` leaves few shapes.
 
         Raises:
             ConfigError: If `precision` is none of those.
@@ -201,6 +204,9 @@ class Predictor:
         self.device: torch.device = sam.device
         dtype = resolve_precision(self.device, precision)
         self._encoder = prepare_encoder(sam.image_encoder, dtype)
+        self._compiled = (
+            torch.compile(encode_image, fullgraph=True, dynamic=False) if compiled else None
+        )
         self.stable_sam: StableSam | None = (
             None if stable_sam is None else prepare_stable_sam(stable_sam.to(self.device), dtype)
         )
@@ -230,7 +236,7 @@ class Predictor:
             image: [H, W, 3] RGB in 0..255, of any size; it is resized as the policy says and
                 padded at the bottom and right.
             crop: Encode this part only; prompts and masks stay those of the whole image.
-            pause: As `encode_image` takes it.
+            pause: As `encode_image` takes it; a compiled encoder does not pause.
 
         Raises:
             PromptError: If `image` has another shape or type, or `crop` is not a part of it.
@@ -252,13 +258,18 @@ class Predictor:
         input_size = self.policy.input_size((image.shape[0], image.shape[1]), **sizes)
         padded_size = self.policy.padded_size(input_size, **sizes)
         resized = Image.fromarray(image).resize(input_size[::-1], Image.Resampling.BILINEAR)
-        pixels = torch.tensor(np.asarray(resized)).to(self.device).permute(2, 0, 1)  # [3, h, w]
-        images = (pixels - self._sam.pixel_mean) / self._sam.pixel_std
+        pixels = torch.tensor(np.asarray(resized)).permute(2, 0, 1)  # [3, h, w]
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        images = (pixels.to(self.device) - self._sam.pixel_mean) / self._sam.pixel_std
         padding = (0, padded_size[1] - input_size[1], 0, padded_size[0] - input_size[0])
+        padded = F.pad(images, padding)[None]
+        if self._compiled is None:
+            embeddings = encode_image(self._encoder, padded, ba_sam=self._ba_sam, pause=pause)
+        else:
+            embeddings = self._compiled(self._encoder, padded, ba_sam=self._ba_sam)
         return Embedding(
-            image_embeddings=encode_image(
-                self._encoder, F.pad(images, padding)[None], ba_sam=self._ba_sam, pause=pause
-            ),
+            image_embeddings=embeddings,
             original_size=(height, width),
             input_size=input_size,
             padded_size=padded_size,

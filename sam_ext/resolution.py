@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,9 @@ class ResolutionPolicy:
     """With `native`, images with a longer long side (pixels) are reduced to it."""
     max_tokens: int | None = None
     """With `budget`, the largest number of tokens, those of the padding included."""
+    pad_to: int = 1
+    """With `native` and `budget`, pad to multiples of so many pixels, a multiple of the patches, so
+    that few shapes occur; 1 pads to whole patches."""
 
     def __post_init__(self) -> None:
         needed = {"square": (), "native": ("min_side", "max_side"), "budget": ("max_tokens",)}
@@ -49,6 +53,11 @@ class ResolutionPolicy:
                     f"ResolutionPolicy.{name} must be at least 1 with mode {self.mode!r}, "
                     f"got {value}"
                 )
+        if self.pad_to < 1:
+            raise ConfigError(
+                f"ResolutionPolicy.pad_to must be at least 1, got {self.pad_to}; 1 pads to whole "
+                "patches"
+            )
         if self.min_side and self.max_side and self.min_side > self.max_side:
             raise ConfigError(
                 "ResolutionPolicy.min_side must be at most max_side, "
@@ -82,7 +91,8 @@ class ResolutionPolicy:
         """Return the size (H, W) of the encoder's input for an image resized to `input_size`."""
         if self.mode == "square":
             return train_side, train_side
-        height, width = (-(-side // patch_size) * patch_size for side in input_size)
+        unit = math.lcm(self.pad_to, patch_size)
+        height, width = (-(-side // unit) * unit for side in input_size)
         return height, width
 
 

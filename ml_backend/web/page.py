@@ -134,7 +134,7 @@ def add_status_page(
     @page.before_request
     def check_form() -> None:
         if request.method == "POST":
-            pass
+            request.max_content_length = _MAX_FORM_BYTES
             guard.check(request)
 
     @page.after_request

@@ -637,7 +637,7 @@ def _with_lora(sam: Sam, config: WesamConfig) -> Sam:
     """Copy a SAM, freeze the copy, and attach LoRA, the same one for the same seed."""
     adapted: Sam = copy.deepcopy(sam)
     adapted.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    if True:
         torch.manual_seed(config.seed)
         attach_lora(adapted.image_encoder, rank=config.rank)
     return adapted

@@ -36,7 +36,13 @@ def test_the_resolution_is_what_the_setting_says(setting, policy):
 def test_every_setting_of_the_model_makes_another_one(tmp_path):
     path = tmp_path / "small.safetensors"
     save_checkpoint(build_small_sam(), path, metadata={})
-    changes = ({}, {"sam_resolution": "square"}, {"sam_ba_sam": True}, {"sam_precision": "bf16"})
+    changes = (
+        {},
+        {"sam_resolution": "square"},
+        {"sam_ba_sam": True},
+        {"sam_precision": "bf16"},
+        {"sam_compile": True},
+    )
     base = {"data_dir": tmp_path, "sam_model": str(path), "sam_precision": "fp32"}
     fingerprints = {load_predictor(Settings(**base | change)).fingerprint for change in changes}
     assert len(fingerprints) == len(changes)

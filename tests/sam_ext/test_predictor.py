@@ -355,6 +355,36 @@ def test_a_cpu_decodes_as_many_objects_together_as_its_cache_holds(
         np.testing.assert_allclose(answer.low_res_logits, alone.low_res_logits, atol=1e-4)
 
 
+def test_a_compiled_encoder_answers_the_same_and_is_compiled_once_for_each_shape(
+    small_sam, monkeypatch
+):
+    graphs = []
+
+    def compiling(function, **options):
+        def backend(graph, _inputs):
+            graphs.append(graph)
+            return graph
+
+        return torch_compile(function, backend=backend, **options)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compiling)  # all of it but the compiler, which is slow
+    policy = ResolutionPolicy(mode="native", min_side=64, max_side=96, pad_to=32)
+    plain, compiled = (Predictor(small_sam, policy=policy, compiled=one) for one in (False, True))
+    box = prompt(box=[2, 3, 40, 30])
+    shapes = []
+    for size_hw in ((50, 90), (60, 91), (90, 60)):
+        image = draw(*size_hw)
+        embedding = compiled.embed(image)
+        shapes.append(embedding.padded_size)
+        wanted = plain.embed(image)
+        torch.testing.assert_close(embedding.image_embeddings, wanted.image_embeddings)
+        [got], [expected] = compiled.decode(embedding, [box]), plain.decode(wanted, [box])
+        np.testing.assert_array_equal(got.masks, expected.masks)
+    assert shapes == [(64, 96), (64, 96), (96, 64)]
+    assert len(graphs) == 2
+
+
 def test_a_very_thin_image_keeps_a_row(small_sam):
     predictor = Predictor(small_sam)
     embedding = predictor.embed(draw(1, 900))

@@ -89,3 +89,13 @@ def test_default_policies_enlarge_and_reduce_to_one_side(train_side, side):
     policy = default_policy(train_side)
     for image_hw in [(60, 80), (300, 200), (2448, 3264)]:
         assert max(policy.input_size(image_hw, train_side=train_side)) == side
+
+
+def test_padding_to_larger_units_leaves_few_shapes():
+    policy = ResolutionPolicy(mode="native", min_side=100, max_side=300, pad_to=24)
+    sizes = {"train_side": 64, "patch_size": 16}
+    assert policy.padded_size((49, 200), **sizes) == (96, 240)
+    assert policy.input_size((49, 200), **sizes) == (49, 200)
+    assert ResolutionPolicy(pad_to=24).padded_size((49, 64), **sizes) == (64, 64)
+    with pytest.raises(ConfigError, match="pad_to must be at least 1, got 0"):
+        ResolutionPolicy(pad_to=0)
