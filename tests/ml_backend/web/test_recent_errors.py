@@ -23,3 +23,5 @@ def test_one_that_repeats_is_counted_and_pushes_nothing_out():
     assert (first.reason, first.times) == ("reason 2", 100)
     assert (second.reason, second.times, second.id) == ("reason 1", 100, "id99")
     assert first.at >= second.at
+    note(errors, 1)
+    assert [one.reason for one in errors.latest()] == ["reason 1", "reason 2"]
