@@ -72,6 +72,9 @@ VARIANTS: dict[str, Callable[[WesamConfig], WesamConfig] | None] = {
     "no box of points": lambda config: replace(config, box_of_points=False),
     "as published": lambda config: replace(
         config,
+        focal_weight=20.0,
+        contrastive_weight=1.0,
+        strong_chance=0.5,
         projection_weight=0.0,
         correct_pseudo_masks=False,
         loose_prompts=0.0,
@@ -79,7 +82,7 @@ VARIANTS: dict[str, Callable[[WesamConfig], WesamConfig] | None] = {
     ),
 }
 """What is compared: the model as it is, adapted, trained on the true masks, and adapted with one
-part switched off; `as published` has nothing that is not in the source."""
+part switched off; `as published` has the source's weights and nothing that is not in it."""
 
 
 @dataclass(frozen=True, kw_only=True)

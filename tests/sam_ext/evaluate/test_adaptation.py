@@ -125,7 +125,7 @@ def test_every_variant_changes_what_its_name_says(monkeypatch, train, test, supe
     monkeypatch.setattr(adaptation, "adapt", remember)
     monkeypatch.setattr(adaptation, "merge_lora", lambda sam: sam)
     monkeypatch.setattr(adaptation, "measure", lambda *_, **__: {"box": [(0.5, 0.5)]})
-    full = config(projection_weight=1.0, loose_prompts=0.5)
+    full = config()
     evaluate_adaptation(
         torch.nn.Module(),
         train,
@@ -150,7 +150,10 @@ def test_every_variant_changes_what_its_name_says(monkeypatch, train, test, supe
         {"correct_pseudo_masks"},
         {"loose_prompts"},
         {"box_of_points"},
-        {"projection_weight", "correct_pseudo_masks", "loose_prompts", "box_of_points"},
+        {
+            *("focal_weight", "contrastive_weight", "strong_chance"),
+            *("projection_weight", "correct_pseudo_masks", "loose_prompts", "box_of_points"),
+        },
     ]
     for images, settings in seen.values():
         has_mask = [one.mask is not None for image in images for one in image.objects]

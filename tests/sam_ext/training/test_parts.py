@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -155,22 +157,21 @@ def anchor_input(pixels, size_hw):
     return np.asarray(Image.fromarray(pixels).resize(size_hw[::-1], Image.Resampling.BILINEAR))
 
 
-def test_points_are_seen_where_the_anchors_answer_is_looked_at(anchor):
-    points = {
-        "point_coords": np.array([[12.0, 22.0], [14.0, 24.0]]),
-        "point_labels": np.array([1, 0]),
-    }
-    image = image_of([weak(**points)])
-    part = source(anchor, [image]).part(0)
-    prompt = prompt_of(weak(**points), kind="auto", image_hw=(60, 100), rng=None)
-    [answer] = answer_prompts(
-        anchor,
-        [prompt],
-        image_hw=(60, 100),
-        embed=lambda crop: anchor.embed(image.read(), crop=crop),
-        crops=CROPS,
-    )
-    assert part.key[1] == answer.crop
+def test_points_are_seen_where_the_anchors_answer_is_looked_at(anchor, monkeypatch):
+    """The random model's masks are large and want no crop; another answer does."""
+    image = image_of([weak(**POINTS)])
+    assert source(anchor, [image]).part(0).key[1] is None
+    crop, asked = Crop(0, 0, 64, 60), []
+
+    def answer(predictor, prompts, *, image_hw, embed, crops):
+        [prompt] = prompts
+        asked.append((predictor, prompt.point_coords.tolist(), image_hw, crops))
+        [whole] = answer_prompts(predictor, prompts, image_hw=image_hw, embed=embed)
+        return [replace(whole, crop=crop)]
+
+    monkeypatch.setattr(module, "answer_prompts", answer)
+    assert source(anchor, [image]).part(0).key[1] == crop
+    assert asked == [(anchor, [[12.0, 22.0]], (60, 100), CROPS)]
 
 
 def test_crops_can_be_switched_off_and_large_numbers_are_split(anchor):

@@ -18,6 +18,7 @@ from sam_ext.training.losses import dice_loss
 from sam_ext.training.views import FLIPS
 from sam_ext.training.weak import WeakImage, WeakObject
 from sam_ext.training.wesam import WesamConfig, adapt, default_steps
+from sam_ext.training.wesam_losses import pooled_features
 from tests.conftest import build_small_sam
 
 POLICY = ResolutionPolicy(mode="native", min_side=80, max_side=80)
@@ -80,7 +81,7 @@ def test_only_lora_is_trained_and_the_given_sam_is_not_touched(small_sam):
     ("settings", "of_object"),
     [
         pytest.param({}, {"box": True}, id="boxes"),
-        pytest.param({"projection_weight": 1.0}, {"box": True}, id="boxes, with their loss"),
+        pytest.param({"projection_weight": 0.0}, {"box": True}, id="boxes, without their loss"),
         pytest.param({"loose_prompts": 1.0}, {"box": True}, id="jittered boxes"),
         pytest.param({"prompts": "point"}, {"point": True}, id="points"),
         pytest.param({"loose_prompts": 1.0}, {"point": True}, id="some of the points"),
@@ -101,7 +102,7 @@ def test_every_kind_of_label_trains(small_sam, monkeypatch, settings, of_object)
     names = {*SELF_TRAINING, "total"}
     if settings.get("targets") != "masks":
         names |= {"anchor", "contrastive"}
-    if "projection_weight" in settings:
+    if "projection_weight" not in settings:
         names.add("projection")
     assert set(steps[0].losses) == names
 
@@ -143,8 +144,9 @@ def first_view(anchor):
 @pytest.mark.parametrize(
     ("off", "left"),
     [
-        ("anchor", {"focal", "dice", "iou", "contrastive"}),
-        ("contrastive", {"focal", "dice", "iou", "anchor"}),
+        ("anchor", {"focal", "dice", "iou", "contrastive", "projection"}),
+        ("contrastive", {"focal", "dice", "iou", "anchor", "projection"}),
+        ("projection", {"focal", "dice", "iou", "anchor", "contrastive"}),
     ],
 )
 def test_a_loss_that_is_switched_off_is_not_there(small_sam, off, left):
@@ -154,6 +156,7 @@ def test_a_loss_that_is_switched_off_is_not_there(small_sam, off, left):
 
 def test_the_total_is_the_weighed_sum(small_sam):
     weights = {"focal": 3.0, "dice": 0.5, "iou": 2.0, "anchor": 0.25, "contrastive": 1.5}
+    weights["projection"] = 0.75
     settings = config(**{f"{name}_weight": weight for name, weight in weights.items()})
     _, steps = curve(small_sam, images(), settings)
     for step in steps:
@@ -163,8 +166,9 @@ def test_the_total_is_the_weighed_sum(small_sam):
 
 def test_the_teacher_alone_is_held_to_the_anchor_and_learns_from_it(small_sam):
     """With every loss of the student switched off, gradients still come through the teacher."""
-    off = {f"{name}_weight": 0.0 for name in SELF_TRAINING}
+    off = {f"{name}_weight": 0.0 for name in (*SELF_TRAINING, "projection")}
     settings = config(steps=2, anchor_weight=0.0, learning_rate=0.01, weight_decay=0.0, **off)
+    assert settings.contrastive_weight > 0
     adapted = adapt(small_sam, images(), settings)
     assert all(parameter.any() for parameter in lora_parameters(adapted)[1::2])
     nothing = adapt(small_sam, images(), replace(settings, contrastive_weight=0.0))
@@ -200,7 +204,15 @@ def test_correction_keeps_pseudo_masks_to_what_annotators_asserted():
 
 
 def test_full_supervision_learns_the_masks(small_sam):
-    settings = config(steps=60, targets="masks", learning_rate=0.02, strong_chance=0.0)
+    settings = config(
+        steps=60,
+        targets="masks",
+        learning_rate=0.02,
+        focal_weight=20.0,
+        projection_weight=0.0,
+        loose_prompts=0.0,
+        strong_chance=0.0,
+    )
     _, steps = curve(small_sam, images(box=True, mask=True), settings)
     focal = [step.losses["focal"] for step in steps]
     assert np.mean(focal[-6:]) < 0.96 * np.mean(focal[:6])  # a random decoder hardly lets it
@@ -425,7 +437,23 @@ def test_a_plugin_takes_part_and_is_not_trained(small_sam):
     for first, second in ((0, 1), (1, 2)):
         assert not any(torch.equal(states[first][key], states[second][key]) for key in states[0])
     anchor = Predictor(small_sam, policy=POLICY, stable_sam=plugins[0])
+    assert not any(parameter.requires_grad for parameter in branch_of(small_sam, plugins[0]))
     point = ObjectPrompt(point_coords=np.array([[20.0, 20.0]]), point_labels=np.ones(1, int))
     view = replace(first_view(anchor), teacher_prompts=(point,))
     assert wesam._anchor_target(anchor, view, is_ambiguous=False).token.tolist() == [0]
     assert wesam._anchor_target(anchor, view, is_ambiguous=True).token.item() > 0
+
+
+def branch_of(sam, plugin):
+    return wesam._Branch(wesam._with_lora(sam, config()), plugin, config()).stable_sam.parameters()
+
+
+def test_features_are_those_of_the_objects_and_of_the_background():
+    embeddings = torch.randn(5, 3, 4)
+    masks = torch.zeros(2, 12, 16).bool()
+    masks[0, :4, :8] = True
+    masks[1, 4:, 8:] = True
+    wanted = [masks[:, ::4, ::4][0], masks[:, ::4, ::4][1]]
+    wanted.append(~(wanted[0] | wanted[1]))
+    got = wesam._features(embeddings, masks)
+    torch.testing.assert_close(got, pooled_features(embeddings, torch.stack(wanted)))

@@ -54,6 +54,8 @@ def test_pooled_features_are_the_papers():
     embeddings = torch.randn(6, 4, 5, dtype=torch.float64)
     masks = torch.rand(3, 4, 5) > 0.5
     masks[1] = False
+    masks[2] = False
+    masks[2, 1, 3] = True
     wanted = [reference.pooled(embeddings.tolist(), mask) for mask in masks.tolist()]
     got = pooled_features(embeddings, masks)
     expected = torch.tensor(wanted, dtype=torch.float64)
