@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -54,6 +55,7 @@ from sam_ext.judging import JudgedImage, JudgedObject, Judgement, judge
 from sam_ext.lora import save_lora
 from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
 from sam_ext.sam import Sam, weights_fingerprint
+from sam_ext.stable_sam import StableSam
 from sam_ext.training.weak import WeakImage, WeakObject
 from sam_ext.training.wesam import WesamConfig, WesamStep, adapt
 
@@ -248,7 +250,7 @@ class _Run:
         crops = default_crops(base.image_size) if self._settings.sam_crops else None
         wesam = self._wesam_config(base)
         self._say("learning")
-        adapted = self._adapt(sam, _weak_images(learnt_from), wesam)
+        adapted = self._adapt(sam, _weak_images(learnt_from), wesam, plugin)
         adapter = self.folder / "adapter.safetensors"
         save_lora(adapted, adapter, base=weights_fingerprint(sam))
         del adapted
@@ -284,17 +286,30 @@ class _Run:
             },
         )
 
-    def _adapt(self, sam: Sam, images: Sequence[WeakImage], config: WesamConfig) -> Sam:
+    def _adapt(
+        self,
+        sam: Sam,
+        images: Sequence[WeakImage],
+        config: WesamConfig,
+        plugin: StableSam | None,
+    ) -> Sam:
         run_dir = self.folder / "adapt"
+        adapt_here = partial(
+            self._methods.adapt,
+            sam,
+            images,
+            config,
+            run_dir=run_dir,
+            on_step=self._on_step,
+            stable_sam=plugin,
+        )
         if run_dir.exists():
             try:
-                return self._methods.adapt(
-                    sam, images, config, run_dir=run_dir, on_step=self._on_step
-                )
+                return adapt_here()
             except CheckpointError as error:  # settings were changed, or an image is gone
                 _log.warning("job %d begins anew: %s", self._job.id, error)
                 shutil.rmtree(run_dir)
-        return self._methods.adapt(sam, images, config, run_dir=run_dir, on_step=self._on_step)
+        return adapt_here()
 
     def publish(self, version: Version) -> tuple[JobState, str]:
         """Have the version served if it was judged better."""

@@ -24,6 +24,7 @@ from ml_backend.jobs import JobStore
 from ml_backend.loading import load_base, open_registry
 from sam_ext.errors import CheckpointError, ConfigError
 from sam_ext.sam import weights_fingerprint
+from sam_ext.stable_sam import StableSam
 from tests.ml_backend.backend import encoded, random_image
 from tests.ml_backend.servers import Answer, FakeLabelStudio
 from tests.ml_backend.training import (
@@ -200,6 +201,24 @@ def test_too_many_images_that_are_gone_are_the_reason(place, label_studio):
     assert "got 7: 1 are missing; 1 things were left out, first: task 3: fetch:" in job.reason
 
 
+def test_a_model_with_a_plugin_is_trained_as_it_is_served(place, monkeypatch):
+    plugin, used = StableSam().eval(), []
+    monkeypatch.setattr(module, "load_plugin", lambda *_: plugin)
+
+    def adapt(*args, stable_sam, **options):
+        used.append(stable_sam)
+        return fake_adapt(*args, **options)
+
+    def judge(predictors, *args, **options):
+        used.extend(predictor.stable_sam for predictor in predictors.values())
+        return fake_judge(predictors, *args, **options)
+
+    assert place.run(methods=Methods(adapt=adapt, judge=judge)).state == "promoted"
+    assert len(used) == 4
+    assert all(one is not None for one in used)
+    assert used[0] is plugin
+
+
 def test_an_image_that_changes_meanwhile_ends_the_job(place, label_studio):
     def adapt(sam, images, config, **options):
         shutil.rmtree(place.settings.images_dir)
@@ -338,7 +357,7 @@ def test_the_same_number_in_another_label_studio_is_refused(place, label_studio)
 def test_a_job_is_cancelled_within_a_step(place):
     told = []
 
-    def adapt(sam, images, config, *, run_dir, on_step):
+    def adapt(sam, images, config, *, run_dir, on_step, stable_sam):
         def cancel(step):
             told.append(step.step)
             if step.step == 2:
@@ -366,7 +385,7 @@ def test_a_job_is_cancelled_within_an_image_of_judging(place):
 def test_a_stopped_worker_leaves_the_job_to_go_on_with_the_same_labels(place, label_studio):
     steps = []
 
-    def adapt(sam, images, config, *, run_dir, on_step):
+    def adapt(sam, images, config, *, run_dir, on_step, stable_sam):
         def note(step):
             steps.append(step.step)
             on_step(step)
@@ -390,7 +409,7 @@ def test_a_run_that_does_not_fit_any_more_begins_anew(place):
     place.run(should_stop=lambda: (place.run_dir / "adapt").exists())
     assert (place.run_dir / "adapt").exists()
 
-    def adapt(sam, images, config, *, run_dir, on_step):
+    def adapt(sam, images, config, *, run_dir, on_step, stable_sam):
         if run_dir.exists():
             raise CheckpointError("of another run")
         return fake_adapt(sam, images, config, run_dir=run_dir, on_step=on_step)

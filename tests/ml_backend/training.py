@@ -82,7 +82,7 @@ def small_settings(folder: Path, server: FakeLabelStudio, **settings: object) ->
     )
 
 
-def fake_adapt(sam, images, config, *, run_dir, on_step):
+def fake_adapt(sam, images, config, *, run_dir, on_step, stable_sam=None):
     """Train nothing: random LoRA, with steps that are told of."""
     for image in images:
         assert image.read().shape == (*SIZE, 3)
