@@ -260,13 +260,18 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
 
 def _add_routes(app: Flask, service: Service) -> None:
     def health() -> Response:
+        problems = list(service.models.errors.values())
+        if problems and not _has_credentials(service.settings):  # they name folders
+            problems = [
+                f"{len(problems)} problems; with basic auth, this and the page at / say more"
+            ]
         return jsonify(
             status="UP",
             model=service.settings.sam_model,
             model_version=base.model_version,
             device=str(base.predictor.device),
             stable_sam=base.predictor.stable_sam is not None,
-            problems=list(service.models.errors.values()),
+            problems=problems,
         )
 
     def versions() -> Response:
@@ -361,8 +366,9 @@ def _add_guards(app: Flask, settings: Settings, recent_errors: RecentErrors) -> 
         return response
 
 
-def _check_credentials(settings: Settings) -> None:
-    assert settings.basic_auth_user is not None
+def _has_credentials(settings: Settings) -> bool:
+    if settings.basic_auth_user is None:
+        return True
     assert settings.basic_auth_pass is not None
     given = request.authorization
     user = (given.username if given else None) or ""
@@ -371,7 +377,11 @@ def _check_credentials(settings: Settings) -> None:
     is_password = hmac.compare_digest(
         password.encode(), settings.basic_auth_pass.get_secret_value().encode()
     )
-    if not (is_user and is_password):
+    return is_user and is_password
+
+
+def _check_credentials(settings: Settings) -> None:
+    if not _has_credentials(settings):
         raise UnauthorizedError(
             "basic auth must be BASIC_AUTH_USER and BASIC_AUTH_PASS, got others or none; set them "
             "in the project's Model page in Label Studio"

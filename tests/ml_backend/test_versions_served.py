@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from pydantic import SecretStr
 
 from ml_backend.app import create_app
 from ml_backend.loading import open_registry
@@ -177,6 +178,21 @@ def test_setup_and_versions_name_the_active_version_before_it_is_loaded(
         asked = client.post("/versions", json={"project": project}).json
         assert asked == {"versions": [base, *found]}
     assert client.get("/versions?project=../x").status_code == 400
+
+
+def test_health_tells_strangers_of_no_folder(make_app, versions):
+    credentials = {"basic_auth_user": "user", "basic_auth_pass": SecretStr("pass")}
+    client, auth = make_app(**credentials).test_client(), ("user", "pass")
+    versions.find(2).adapter.write_bytes(b"poison")
+    versions.activate(2)
+
+    def told(**options):
+        assert client.post("/predict", json=CLICK, auth=auth).status_code == 200
+        return client.get("/health", **options).json["problems"]
+
+    until(told)
+    assert told() == ["1 problems; with basic auth, this and the page at / say more"]
+    assert told(auth=auth)[0].startswith(f"project {PROJECT} is served by ")
 
 
 @pytest.mark.parametrize("harm", ["changed", "of-another-model", "not-finite"])
