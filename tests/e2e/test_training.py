@@ -237,7 +237,7 @@ def test_rolling_back_on_the_status_page_gives_the_old_answers(trained, demo, br
     page = context.new_page()
     page.goto(demo.backend_url + "/")
     card = page.locator(f"details.project[id^='project-{trained.project_id}.']")
-    if not card.get_attribute("open"):
+    if card.get_attribute("open") is None:
         card.locator("summary").first.click()
     card.locator("button", has_text="Roll back to").click()
     page.wait_for_load_state()
