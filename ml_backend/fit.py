@@ -50,10 +50,16 @@ from ml_backend.registry import ProjectVersions, Registry, Version
 from ml_backend.settings import Settings
 from sam_ext.adapters import apply_adapter
 from sam_ext.errors import CheckpointError, SamExtError
-from sam_ext.interactive import CropPolicy, answer_prompts, default_crops, default_refine
+from sam_ext.interactive import (
+    CropPolicy,
+    answer_prompts,
+    default_crops,
+    default_refine,
+    embed_once,
+)
 from sam_ext.judging import JudgedImage, JudgedObject, Judgement, judge
 from sam_ext.lora import save_lora
-from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
+from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam
 from sam_ext.training.weak import WeakImage, WeakObject
@@ -698,18 +704,11 @@ def _masks(
     *,
     crops: CropPolicy | None,
 ) -> list[NDArray[np.bool_]]:
-    embeddings: dict[Crop | None, Embedding] = {}
-
-    def embed(crop: Crop | None) -> Embedding:
-        if crop not in embeddings:
-            embeddings[crop] = predictor.embed(pixels, crop=crop)
-        return embeddings[crop]
-
     answers = answer_prompts(
         predictor,
         prompts,
         image_hw=(pixels.shape[0], pixels.shape[1]),
-        embed=embed,
+        embed=embed_once(predictor, pixels),
         crops=crops,
         refine=default_refine(predictor.image_size),
     )

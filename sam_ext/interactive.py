@@ -10,6 +10,7 @@ import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "answer_prompts",
     "default_crops",
     "default_refine",
+    "embed_once",
     "first_crop",
 ]
 
@@ -199,6 +201,26 @@ class LogitsMemo:
             prompt.point_labels.astype(np.int64).tobytes(),
             None if box is None else box.astype(np.float64).tobytes(),
         )
+
+
+def embed_once(
+    predictor: Predictor, image: NDArray[np.uint8]
+) -> Callable[[Crop | None], Embedding]:
+    """Make what `answer_prompts` wants as `embed` for an image that is at hand.
+
+    Args:
+        predictor: The model.
+        image: [H, W, 3] RGB in 0..255.
+
+    Returns:
+        Gives the embedding of the image or of a crop, and keeps it for the next time.
+    """
+
+    @cache
+    def embed(crop: Crop | None) -> Embedding:
+        return predictor.embed(image, crop=crop)
+
+    return embed
 
 
 def answer_prompts(

@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from sam_ext.errors import ConfigError
 from sam_ext.evaluate.common import box_prompt, center_point, points_prompt, tight_box
-from sam_ext.interactive import CropPolicy, answer_prompts
+from sam_ext.interactive import CropPolicy, answer_prompts, default_refine, embed_once
 from sam_ext.metrics import iou
-from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
+from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.training.robust import noisy_boxes
 
 __all__ = ["JudgedImage", "JudgedObject", "Judgement", "JudgementRow", "ModelName", "judge"]
@@ -267,17 +267,13 @@ def _answers(
     crops: CropPolicy | None,
 ) -> list[NDArray[np.bool_]]:
     """Answer as it would be served: [H, W] for each question."""
-
-    @cache
-    def embed(crop: Crop | None) -> Embedding:
-        return predictor.embed(pixels, crop=crop)
-
     answers = answer_prompts(
         predictor,
         [question.prompt for question in questions],
         image_hw=(pixels.shape[0], pixels.shape[1]),
-        embed=embed,
+        embed=embed_once(predictor, pixels),
         crops=crops,
+        refine=default_refine(predictor.image_size),
     )
     return [answer.mask for answer in answers]
 

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -29,10 +29,10 @@ from sam_ext.evaluate.common import (
     points_prompt,
     tight_box,
 )
-from sam_ext.interactive import answer_prompts, default_crops
+from sam_ext.interactive import answer_prompts, default_crops, embed_once
 from sam_ext.lora import merge_lora
 from sam_ext.metrics import boundary_iou, iou
-from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
+from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.resolution import default_policy
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam, load_stable_sam
@@ -229,7 +229,7 @@ def measure(
                 for number, mask in enumerate(wanted)
             ],
         }
-        embed = lru_cache(maxsize=None)(partial(_embed, predictor, scene.image))
+        embed = embed_once(predictor, scene.image)
         for name, prompts in drawn.items():
             answers = answer_prompts(
                 predictor,
@@ -243,10 +243,6 @@ def measure(
                 for answer, mask in zip(answers, wanted, strict=True)
             ]
     return scores
-
-
-def _embed(predictor: Predictor, image: NDArray[np.uint8], crop: Crop | None) -> Embedding:
-    return predictor.embed(image, crop=crop)
 
 
 def evaluate_adaptation(

@@ -8,7 +8,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from sam_ext.evaluate.common import (
     points_prompt,
     tight_box,
 )
-from sam_ext.interactive import Answer, CropPolicy, answer_prompts, default_crops
+from sam_ext.interactive import Answer, CropPolicy, answer_prompts, default_crops, embed_once
 from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask, stability
 from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
 from sam_ext.resolution import default_policy
@@ -185,18 +185,11 @@ def _askers(variants: Mapping[str, Variant], image: NDArray[np.uint8]) -> dict[s
     ask: dict[str, _Ask] = {}
     for name, variant in variants.items():
         predictor = variant.predictor
-        embed = embedders.setdefault(
-            predictor.embedding_fingerprint,
-            lru_cache(maxsize=None)(partial(_embed, predictor, image)),
-        )
+        embed = embedders.setdefault(predictor.embedding_fingerprint, embed_once(predictor, image))
         ask[name] = partial(
             answer_prompts, predictor, image_hw=size_hw, embed=embed, crops=variant.crops
         )
     return ask
-
-
-def _embed(predictor: Predictor, image: NDArray[np.uint8], crop: Crop | None) -> Embedding:
-    return predictor.embed(image, crop=crop)
 
 
 def _draws(kind: str, draws: int) -> int:
