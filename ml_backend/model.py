@@ -294,7 +294,9 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             mask,
             config=self._config,
             image_name=image_name,
-            score=min(max(score, 0.0), 1.0),  # the head that predicts it is not bounded
+            # The head that predicts it is not bounded, and its last digits depend on how the
+            # processor's threads share the work.
+            score=round(min(max(score, 0.0), 1.0), 4),
             labels=labels,
             wanted=settings.sam_output,
             tolerance_px=settings.sam_polygon_tolerance_px,
