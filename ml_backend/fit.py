@@ -59,6 +59,7 @@ from sam_ext.interactive import (
 )
 from sam_ext.judging import JudgedImage, JudgedObject, Judgement, judge
 from sam_ext.lora import save_lora
+from sam_ext.metrics import tight_box
 from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam
@@ -617,13 +618,8 @@ def _addresses(
 def _without_mask(one: SupervisedObject) -> SupervisedObject:
     """Keep an object's box in place of its mask."""
     assert one.mask is not None
-    box = one.box_xyxy if one.box_xyxy is not None else _box_of(one.mask)
+    box = one.box_xyxy if one.box_xyxy is not None else tight_box(one.mask)
     return dataclasses.replace(one, mask=None, box_xyxy=box)
-
-
-def _box_of(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return np.array((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), np.float64)
 
 
 def _weak_images(images: Sequence[_LabelledImage]) -> list[WeakImage]:
@@ -686,7 +682,7 @@ def _pictures(
             ObjectPrompt(
                 point_coords=one.point_coords,
                 point_labels=one.point_labels,
-                box_xyxy=_box_of(one.mask) if one.mask is not None else one.box_xyxy,
+                box_xyxy=tight_box(one.mask) if one.mask is not None else one.box_xyxy,
             )
             for one in image.objects[:_PICTURE_OBJECTS]
         ]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam_ext.errors import ConfigError
+from sam_ext.metrics import tight_box
 from sam_ext.predictor import Crop, Embedding, ObjectMasks, ObjectPrompt, Predictor
 
 __all__ = [
@@ -459,7 +460,4 @@ def _choose(
 
 def _box(mask: NDArray[np.bool_]) -> NDArray[np.float64] | None:
     """Return the tight box [4] of a mask [H, W]; None if it is empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+    return tight_box(mask) if mask.any() else None

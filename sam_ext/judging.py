@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from sam_ext.errors import ConfigError
-from sam_ext.evaluate.common import box_prompt, center_point, points_prompt, tight_box
+from sam_ext.evaluate.common import box_prompt, center_point, points_prompt
 from sam_ext.interactive import CropPolicy, answer_prompts, default_refine, embed_once
-from sam_ext.metrics import iou
+from sam_ext.metrics import iou, tight_box
 from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.training.robust import noisy_boxes
 

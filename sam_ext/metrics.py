@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sam_ext.errors import ConfigError
 
-__all__ = ["boundary_iou", "ellipse_in_box", "iou", "rectangle_mask", "stability"]
+__all__ = ["boundary_iou", "ellipse_in_box", "iou", "rectangle_mask", "stability", "tight_box"]
 
 
 def iou(predicted: NDArray[Any], wanted: NDArray[Any]) -> float:
@@ -66,6 +66,12 @@ def stability(masks: Sequence[NDArray[Any]]) -> float:
     """
     union = np.logical_or.reduce(list(masks))
     return float(np.mean([iou(mask, union) for mask in masks]))
+
+
+def tight_box(mask: NDArray[Any]) -> NDArray[Any]:
+    """Return the box [x0, y0, x1, y1] of a mask [H, W] that is not empty, in pixel edges."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
 
 
 def rectangle_mask(box_xyxy: NDArray[Any], size_hw: tuple[int, int]) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from sam_ext.ba_sam import default_ba_sam
-from sam_ext.checkpoints import find_stable_sam, load_sam, resolve_device
+from sam_ext.checkpoints import find_stable_sam
 from sam_ext.errors import ConfigError
 from sam_ext.evaluate.common import (
     add_model_arguments,
@@ -26,17 +26,17 @@ from sam_ext.evaluate.common import (
     chosen_images,
     new_figure,
     object_masks,
+    open_model,
     points_prompt,
-    tight_box,
+    served_predictor,
 )
 from sam_ext.interactive import answer_prompts, default_crops, embed_once
 from sam_ext.lora import merge_lora
-from sam_ext.metrics import boundary_iou, iou
-from sam_ext.predictor import ObjectPrompt, Predictor
-from sam_ext.resolution import default_policy
+from sam_ext.metrics import boundary_iou, iou, tight_box
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam, load_stable_sam
 from sam_ext.training.data import CocoFolder
+from sam_ext.training.parts import five_and_five
 from sam_ext.training.weak import WeakImage, WeakObject
 from sam_ext.training.wesam import WesamConfig, adapt
 
@@ -54,7 +54,6 @@ __all__ = [
 
 Supervision = Literal["box", "point", "coarse", "none"]
 
-_POINTS = 5  # inside, and as many outside
 _LEAST_TOLERANCE_PX, _TOLERANCE = 3.0, 0.05  # of a rough mask's polygon
 
 VARIANTS: dict[str, Callable[[WesamConfig], WesamConfig] | None] = {
@@ -155,7 +154,7 @@ def _weak_object(mask: NDArray[np.bool_], supervision: str, rng: np.random.Gener
     if supervision == "box":
         return nothing
     if supervision == "point":
-        prompt = _five_and_five(mask, rng)
+        prompt = five_and_five(mask, rng)
         return replace(
             nothing,
             box_xyxy=None,
@@ -164,18 +163,6 @@ def _weak_object(mask: NDArray[np.bool_], supervision: str, rng: np.random.Gener
         )
     rough = mask if supervision == "masks" else _rough_mask(mask)
     return replace(nothing, box_xyxy=None, mask=rough)
-
-
-def _five_and_five(mask: NDArray[np.bool_], rng: np.random.Generator) -> ObjectPrompt:
-    """Draw five points inside a mask and five outside, evenly and independently."""
-    points, labels = [], []
-    for label, where in ((1, mask), (0, ~mask)):
-        ys, xs = np.nonzero(where)
-        if len(xs):
-            picks = rng.integers(len(xs), size=_POINTS)
-            points.append(np.stack([xs[picks], ys[picks]], axis=1).astype(np.float64))
-            labels += [label] * _POINTS
-    return ObjectPrompt(point_coords=np.concatenate(points), point_labels=np.array(labels))
 
 
 def _rough_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -209,14 +196,7 @@ def measure(
     Returns:
         IoU and boundary IoU of every object, by prompt.
     """
-    side = sam.image_encoder.img_size
-    predictor = Predictor(
-        sam,
-        ba_sam=default_ba_sam(side),
-        policy=default_policy(side),
-        precision="auto",
-        stable_sam=stable_sam,
-    )
+    predictor = served_predictor(sam, stable_sam)
     scores: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for index in indexes:
         scene = folder.scene(index)
@@ -225,7 +205,7 @@ def measure(
             "box": [box_prompt(tight_box(mask)) for mask in wanted],
             "point": [points_prompt(center_point(mask)[None]) for mask in wanted],
             "5+5 points": [
-                _five_and_five(mask, np.random.default_rng((seed, index, number, 1)))
+                five_and_five(mask, np.random.default_rng((seed, index, number, 1)))
                 for number, mask in enumerate(wanted)
             ],
         }
@@ -236,7 +216,7 @@ def measure(
                 prompts,
                 image_hw=(scene.image.shape[0], scene.image.shape[1]),
                 embed=embed,
-                crops=default_crops(side),
+                crops=default_crops(predictor.image_size),
             )
             scores[name] += [
                 (iou(answer.mask, mask), boundary_iou(answer.mask, mask))
@@ -354,12 +334,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[AdaptationRow]:
     """Measure as the command line says."""
-    sam = load_sam(
-        options.model,
-        weights_dir=options.weights_dir,
-        device=resolve_device(options.device),
-        progress=True,
-    )
+    sam = open_model(options)
     plugin = find_stable_sam(options.model, weights_dir=options.weights_dir)
     stable_sam = None
     if plugin is not None:

@@ -14,8 +14,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from sam_ext.ba_sam import default_ba_sam
+from sam_ext.checkpoints import load_sam, resolve_device
 from sam_ext.errors import ConfigError
-from sam_ext.predictor import ObjectPrompt
+from sam_ext.predictor import ObjectPrompt, Predictor
+from sam_ext.resolution import default_policy
+from sam_ext.sam import Sam
+from sam_ext.stable_sam import StableSam
 from sam_ext.training.data import CocoFolder, Scene
 
 __all__ = [
@@ -26,18 +31,14 @@ __all__ = [
     "chosen_images",
     "new_figure",
     "object_masks",
+    "open_folder",
+    "open_model",
     "points_prompt",
     "print_rows",
-    "tight_box",
+    "served_predictor",
 ]
 
 _TABLE_WIDTH = 120
-
-
-def tight_box(mask: NDArray[Any]) -> NDArray[Any]:
-    """Return the box [x0, y0, x1, y1] of a mask [H, W] that is not empty, in pixel edges."""
-    ys, xs = np.nonzero(mask)
-    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], np.float64)
 
 
 def center_point(mask: NDArray[Any]) -> NDArray[Any]:
@@ -82,6 +83,35 @@ def box_prompt(box_xyxy: NDArray[Any]) -> ObjectPrompt:
 def points_prompt(points: NDArray[Any]) -> ObjectPrompt:
     """Prompt by points [T, 2] on the object alone."""
     return ObjectPrompt(point_coords=points, point_labels=np.ones(len(points), np.int64))
+
+
+def open_model(options: argparse.Namespace) -> Sam:
+    """Load the model that `add_model_arguments` asked for."""
+    return load_sam(
+        options.model,
+        weights_dir=options.weights_dir,
+        device=resolve_device(options.device),
+        progress=True,
+    )
+
+
+def open_folder(options: argparse.Namespace) -> CocoFolder:
+    """Open the set that `add_data_arguments` asked for."""
+    return CocoFolder(
+        options.data, splits=(options.split,), primary_only=options.primary, cache=False
+    )
+
+
+def served_predictor(sam: Sam, stable_sam: StableSam | None) -> Predictor:
+    """Make what the backend answers with by its default settings."""
+    side = sam.image_encoder.img_size
+    return Predictor(
+        sam,
+        ba_sam=default_ba_sam(side),
+        policy=default_policy(side),
+        precision="auto",
+        stable_sam=stable_sam,
+    )
 
 
 def print_rows(rows: Sequence[Any]) -> None:

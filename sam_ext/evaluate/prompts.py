@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sam_ext.ba_sam import default_ba_sam
-from sam_ext.checkpoints import find_stable_sam, load_sam, resolve_device
+from sam_ext.checkpoints import find_stable_sam
 from sam_ext.errors import ConfigError
 from sam_ext.evaluate.common import (
     add_data_arguments,
@@ -28,13 +27,14 @@ from sam_ext.evaluate.common import (
     chosen_images,
     new_figure,
     object_masks,
+    open_folder,
+    open_model,
     points_prompt,
-    tight_box,
+    served_predictor,
 )
 from sam_ext.interactive import Answer, CropPolicy, answer_prompts, default_crops, embed_once
-from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask, stability
+from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask, stability, tight_box
 from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
-from sam_ext.resolution import default_policy
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam, load_stable_sam
 from sam_ext.training.data import CocoFolder
@@ -435,15 +435,7 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 def run(options: argparse.Namespace) -> list[PromptRow]:
     """Measure as the command line says."""
-    sam = load_sam(
-        options.model,
-        weights_dir=options.weights_dir,
-        device=resolve_device(options.device),
-        progress=True,
-    )
-    folder = CocoFolder(
-        options.data, splits=(options.split,), primary_only=options.primary, cache=False
-    )
+    sam = open_model(options)
     model = Path(options.model).stem
     own = find_stable_sam(options.model, weights_dir=options.weights_dir)
     files = options.stable_sam or ([] if own is None else [own])
@@ -467,7 +459,7 @@ def run(options: argparse.Namespace) -> list[PromptRow]:
         variants[f"{model} as served"] = plain
     rows = evaluate_prompts(
         variants,
-        folder,
+        open_folder(options),
         dataset=options.data.name,
         split=options.split,
         prompts=options.prompts,
@@ -485,14 +477,5 @@ def run(options: argparse.Namespace) -> list[PromptRow]:
 
 def _served(sam: Sam, plugin: StableSam | None) -> Variant:
     """What the backend answers with by its default settings."""
-    side = sam.image_encoder.img_size
-    return Variant(
-        predictor=Predictor(
-            sam,
-            ba_sam=default_ba_sam(side),
-            policy=default_policy(side),
-            precision="auto",
-            stable_sam=plugin,
-        ),
-        crops=default_crops(side),
-    )
+    predictor = served_predictor(sam, plugin)
+    return Variant(predictor=predictor, crops=default_crops(predictor.image_size))

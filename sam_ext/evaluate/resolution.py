@@ -12,7 +12,6 @@ from typing import Any, get_args
 import numpy as np
 
 from sam_ext.ba_sam import DEFAULT_BA_SAM, BaSamConfig
-from sam_ext.checkpoints import load_sam, resolve_device
 from sam_ext.evaluate.common import (
     add_data_arguments,
     add_model_arguments,
@@ -20,10 +19,11 @@ from sam_ext.evaluate.common import (
     chosen_images,
     new_figure,
     object_masks,
-    tight_box,
+    open_folder,
+    open_model,
 )
 from sam_ext.image_encoder import Precision
-from sam_ext.metrics import boundary_iou, iou
+from sam_ext.metrics import boundary_iou, iou, tight_box
 from sam_ext.predictor import Embedding, ObjectMasks, ObjectPrompt, Predictor
 from sam_ext.resolution import ResolutionPolicy
 from sam_ext.sam import Sam
@@ -201,18 +201,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[ResolutionRow]:
     """Measure as the command line says."""
-    sam = load_sam(
-        options.model,
-        weights_dir=options.weights_dir,
-        device=resolve_device(options.device),
-        progress=True,
-    )
-    folder = CocoFolder(
-        options.data, splits=(options.split,), primary_only=options.primary, cache=False
-    )
+    sam = open_model(options)
     rows = evaluate_resolution(
         sam,
-        folder,
+        open_folder(options),
         dataset=options.data.name,
         split=options.split,
         variants=ba_sam_variants(

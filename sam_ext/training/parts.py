@@ -18,6 +18,7 @@ from torch import Tensor
 from sam_ext.automatic import generate_masks
 from sam_ext.errors import DataError
 from sam_ext.interactive import CropPolicy, answer_prompts, first_crop
+from sam_ext.metrics import tight_box
 from sam_ext.predictor import Crop, ObjectPrompt, Predictor
 from sam_ext.training.views import Flip, flip_boxes, flip_image, flip_points
 from sam_ext.training.weak import WeakImage, WeakObject
@@ -29,6 +30,7 @@ __all__ = [
     "PartSource",
     "PromptChoice",
     "View",
+    "five_and_five",
     "prompt_of",
     "with_box_of_points",
 ]
@@ -247,9 +249,12 @@ def prompt_of(
     if kind == "point":
         if has_points:
             return ObjectPrompt(point_coords=one.point_coords, point_labels=one.point_labels)
-        return None if one.mask is None else _drawn_points(one.mask, rng)
-    box = one.box_xyxy if kind == "box" and one.box_xyxy is not None else _mask_box(one.mask)
-    if box is None:
+        return None if one.mask is None else five_and_five(one.mask, rng)
+    if kind == "box" and one.box_xyxy is not None:
+        box = one.box_xyxy
+    elif one.mask is not None:
+        box = tight_box(one.mask)
+    else:
         return None
     box = np.clip(box, 0, [width, height, width, height])
     if (box[2:] - box[:2]).min() <= 0:
@@ -287,14 +292,12 @@ def with_box_of_points(prompt: ObjectPrompt, *, image_hw: tuple[int, int]) -> Ob
     )
 
 
-def _mask_box(mask: NDArray[np.bool_] | None) -> NDArray[np.float64] | None:
-    if mask is None:
-        return None
-    ys, xs = np.nonzero(mask)
-    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], np.float64)
+def five_and_five(mask: NDArray[np.bool_], rng: np.random.Generator) -> ObjectPrompt:
+    """Draw five points inside a mask [H, W] and five outside, evenly and independently.
 
-
-def _drawn_points(mask: NDArray[np.bool_], rng: np.random.Generator) -> ObjectPrompt:
+    Source:
+        Zhang et al., arXiv:2312.03502, and its code for the numbers.
+    """
     points, labels = [], []
     for label, where in ((1, mask), (0, ~mask)):
         ys, xs = np.nonzero(where)

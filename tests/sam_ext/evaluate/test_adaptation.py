@@ -11,10 +11,10 @@ from sam_ext.errors import ConfigError
 from sam_ext.evaluate import adaptation
 from sam_ext.evaluate.__main__ import main
 from sam_ext.evaluate.adaptation import VARIANTS, evaluate_adaptation, measure, weak_images
-from sam_ext.evaluate.common import box_prompt, tight_box
+from sam_ext.evaluate.common import box_prompt
 from sam_ext.interactive import answer_prompts, default_crops
 from sam_ext.lora import merge_lora
-from sam_ext.metrics import boundary_iou, iou
+from sam_ext.metrics import boundary_iou, iou, tight_box
 from sam_ext.predictor import Predictor
 from sam_ext.resolution import default_policy
 from sam_ext.training.data import CocoFolder

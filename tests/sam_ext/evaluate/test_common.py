@@ -1,6 +1,7 @@
 import numpy as np
 
-from sam_ext.evaluate.common import center_point, tight_box
+from sam_ext.evaluate.common import center_point
+from sam_ext.metrics import tight_box
 from tests.sam_ext.evaluate.folders import OBJECT
 
 

@@ -9,10 +9,10 @@ import torch
 from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.errors import ConfigError
 from sam_ext.evaluate.__main__ import main
-from sam_ext.evaluate.common import box_prompt, center_point, points_prompt, tight_box
+from sam_ext.evaluate.common import box_prompt, center_point, points_prompt
 from sam_ext.evaluate.prompts import PROMPTS, ContactSheet, Variant, evaluate_prompts
 from sam_ext.interactive import CropPolicy, answer_prompts
-from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask, stability
+from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask, stability, tight_box
 from sam_ext.predictor import Predictor
 from sam_ext.sam import weights_fingerprint
 from sam_ext.stable_sam import StableSam, save_stable_sam

@@ -10,10 +10,9 @@ from PIL import Image
 from sam_ext.ba_sam import BaSamConfig
 from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.evaluate.__main__ import main
-from sam_ext.evaluate.common import tight_box
 from sam_ext.evaluate.resolution import ba_sam_variants, evaluate_resolution
 from sam_ext.image_encoder import encode_image
-from sam_ext.metrics import boundary_iou, iou
+from sam_ext.metrics import boundary_iou, iou, tight_box
 from sam_ext.predictor import Embedding, ObjectPrompt, Predictor
 from sam_ext.training.data import CocoFolder
 from tests.sam_ext.evaluate.folders import OBJECT, image_of, write_folder
