@@ -166,6 +166,11 @@ class PhotographsOf:
                 return scene.image[y0:y1, x0:x1], scene.mask(index)[y0:y1, x0:x1]
         raise DataError(f"200 objects in a row were narrower than {_MIN_CUTOUT_PX} px")
 
+    def annotated(self, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Draw an image [H, W, 3] uint8 RGB and the masks of its objects [K, H, W], 0 or 1."""
+        scene = self._scene(rng)
+        return scene.image, np.stack([scene.mask(index) for index in range(len(scene.rles))])
+
     def _scene(self, rng: np.random.Generator) -> Scene:
         source = self.sources[int(rng.choice(len(self.sources), p=self._chances))][0]
         return source.scene(int(rng.integers(len(source))))

@@ -37,7 +37,7 @@ TINY_MIX: dict[str, float] = {
     "synthetic": 7.0,
 }
 _SYNTHETIC = "synthetic"
-_SYNTHETIC_SCENES = 6000
+_SYNTHETIC_SCENES = 8000
 
 
 @dataclass(frozen=True, kw_only=True)

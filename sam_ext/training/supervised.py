@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sam_ext.ba_sam import BaSamConfig
@@ -94,6 +95,9 @@ class SupervisedConfig:
     """`muon` orthogonalises the updates of the transformers' matrices (torch >= 2.9)."""
     ba_sam: BaSamConfig | None = None
     """What the encoder does away from its training size; None is plain SAM."""
+    average_decay: float = 0.999
+    """Of the exponential moving average (EMA) of the weights, which is what is measured and kept in
+    the end; 0 keeps the last weights."""
     trained: Literal["all", "ba_sam"] = "all"
     """`ba_sam` trains the coefficients of `attach_coefficients` and nothing else."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -104,6 +108,8 @@ class SupervisedConfig:
             raise ConfigError("SupervisedConfig.stages must have at least one stage, got none")
         if not 0 <= self.box_chance <= 1 or not 0 <= self.tight_box_chance <= 1:
             raise ConfigError(f"chances must be in 0..1, got {self.box_chance=}")
+        if not 0 <= self.average_decay < 1:
+            raise ConfigError(f"average_decay must be in 0..1, below 1, got {self.average_decay}")
         if self.trained == "ba_sam" and (self.ba_sam is None or self.ba_sam.bias != "official"):
             raise ConfigError(
                 "SupervisedConfig.trained `ba_sam` wants ba_sam with the bias `official`, which "
@@ -279,7 +285,7 @@ def train(
         on_progress: Called with each line of the curve.
 
     Returns:
-        The same model, in evaluation mode.
+        The same model with the average of its weights, in evaluation mode.
 
     Raises:
         ConfigError: If the loss is not finite.
@@ -288,7 +294,11 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     device = sam.pixel_mean.device
     optimizers = _optimizers(sam, config)
-    step = _resume(sam, optimizers, config, run_dir / "last.pt")
+    average = AveragedModel(
+        sam,
+        multi_avg_fn=get_ema_multi_avg_fn(config.average_decay),  # type: ignore[no-untyped-call]  # torch's own
+    )
+    step = _resume(sam, average, optimizers, config, run_dir / "last.pt")
     parameters = [p for _, p in _trained(sam, config)]
     generator = torch.Generator()
     sam.train()
@@ -326,6 +336,7 @@ def train(
             nn.utils.clip_grad_norm_(parameters, config.gradient_clip)
             for optimizer in optimizers:
                 optimizer.step()
+            average.update_parameters(sam)
             sam.zero_grad(set_to_none=True)
             step += 1
             recent.append(result)
@@ -346,7 +357,11 @@ def train(
                 recent, images_seen, window_start = [], 0, now
             if held_out and (step % evaluate_every == 0 or last_step):
                 line |= {"step": step} | evaluate_held_out(
-                    sam, held_out, config, image_size=stage.image_size, images=held_out_images
+                    average.module,
+                    held_out,
+                    config,
+                    image_size=stage.image_size,
+                    images=held_out_images,
                 )
                 window_start = time.monotonic()
             if line:
@@ -354,7 +369,8 @@ def train(
                 if on_progress is not None:
                     on_progress(line)
             if step % save_every == 0 or last_step:
-                _save(sam, optimizers, config, step, run_dir / "last.pt")
+                _save(sam, average, optimizers, config, step, run_dir / "last.pt")
+    sam.load_state_dict(average.module.state_dict())
     return sam.eval()
 
 
@@ -579,6 +595,7 @@ def _run_identity(config: SupervisedConfig) -> str:
 
 def _save(
     sam: Sam,
+    average: AveragedModel,
     optimizers: Sequence[torch.optim.Optimizer],
     config: SupervisedConfig,
     step: int,
@@ -588,6 +605,7 @@ def _save(
     torch.save(
         {
             "model": sam.state_dict(),
+            "average": average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "step": step,
             "identity": _run_identity(config),
@@ -599,6 +617,7 @@ def _save(
 
 def _resume(
     sam: Sam,
+    average: AveragedModel,
     optimizers: Sequence[torch.optim.Optimizer],
     config: SupervisedConfig,
     path: Path,
@@ -612,6 +631,7 @@ def _resume(
             "resume with those, or name an empty run directory"
         )
     sam.load_state_dict(saved["model"])
+    average.load_state_dict(saved["average"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     _LOG.info("resuming %s at step %d", path, saved["step"])

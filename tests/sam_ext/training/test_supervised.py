@@ -128,6 +128,21 @@ def measured(sam, settings):
     return {name: round(value, 6) for name, value in values.items()}
 
 
+def test_the_moving_average_of_the_weights_is_what_is_kept(tmp_path):
+    """With decay d, after two steps it is d times the first weights and 1 - d times the second."""
+    name = "mask_decoder.mask_tokens.weight"
+
+    def kept(decay):
+        settings = config(stage(steps=2), average_decay=decay, warmup_steps=0)
+        return run(tmp_path / str(decay), settings).state_dict()[name]
+
+    second, averaged, first = kept(0.0), kept(0.75), kept(1 - 1e-12)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(averaged, 0.75 * first + 0.25 * second)
+    trained = torch.load(tmp_path / "0.75" / "last.pt", weights_only=True)["model"][name]
+    assert torch.equal(trained, second)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_that_was_interrupted_ends_where_an_uninterrupted_one_does(tmp_path, optimizer):
     stages = (stage(steps=2), stage(steps=2, image_size=48, clicks=1))

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 
@@ -29,8 +30,6 @@ def test_every_object_can_be_seen():
 
 def test_an_object_differs_from_what_lies_around_it():
     """Mean colour inside against a ring outside: most objects stand out, as drawn."""
-    import cv2
-
     far = []
     for scene in scenes(40):
         for mask in scene.masks:
@@ -51,6 +50,11 @@ class Reds:
         mask[:10] = 1
         return np.full((20, 30, 3), (0, 255, 0), np.uint8), mask
 
+    def annotated(self, rng):
+        masks = np.zeros((1, 40, 50), np.uint8)
+        masks[:, 10:30, 10:40] = 1
+        return np.full((40, 50, 3), (0, 0, 255), np.uint8), masks
+
 
 def test_photographs_give_textures_and_objects_with_their_masks():
     red = green = 0
@@ -70,6 +74,37 @@ def test_photographs_give_textures_and_objects_with_their_masks():
     for seed, scene in enumerate(plain):
         other = generate_scene(CONFIG, np.random.default_rng(seed), Reds())
         assert not np.array_equal(scene.image, other.image)
+
+
+def test_a_photograph_as_the_ground_brings_its_objects():
+    config = SyntheticConfig(size=64, objects=(1, 1))
+    brought = 0
+    for seed in range(30):
+        scene = generate_scene(config, np.random.default_rng(seed), Reds())
+        pixels = scene.image.astype(int)
+        if np.mean(pixels[..., 2] > 2 * pixels[..., :2].max(2) + 60) > 0.4:
+            brought += any(0.1 < mask.mean() < 0.8 for mask in scene.masks)
+    assert brought >= 3
+
+
+def test_things_have_parts_and_parts_have_parts():
+    """A mask that lies within another, and one within that."""
+    deepest = 0
+    for scene in scenes(80):
+        masks = scene.masks.reshape(len(scene.masks), -1).astype(int)
+        shared = masks @ masks.T
+        within = (shared == np.diag(shared)[:, None]) & (np.diag(shared)[:, None] < np.diag(shared))
+        deepest = max(deepest, 1 + within.any(1).any(), 2 + (within @ within).any())
+    assert deepest == 3
+
+
+def test_some_objects_are_thin():
+    slim = 0
+    for scene in scenes(60):
+        for mask in scene.masks:
+            core = cv2.erode(mask.astype(np.uint8), np.ones((5, 5), np.uint8))
+            slim += not core.any() and np.ptp(np.nonzero(mask)[0]) > 16
+    assert slim >= 5
 
 
 @pytest.mark.parametrize(
