@@ -7,7 +7,7 @@ position embedding and the relative position tables are resized to the grid.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sam_ext.ba_sam import BaSamConfig, axis_bias, scaling_factor
 from sam_ext.errors import ConfigError
+from sam_ext.sam_adapter import read_task_inputs, sam_adapter_of
 
 if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT
@@ -81,6 +82,7 @@ def encode_image(
     ba_sam: BaSamConfig | None = None,
     pause: Callable[[], None] | None = None,
     checkpointing: bool = False,
+    task_inputs: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Embed normalised images.
 
@@ -93,6 +95,8 @@ def encode_image(
             more urgent works, or raise, to abandon the embedding.
         checkpointing: With gradients, keep the blocks' inputs alone and compute each block again
             on the way back: a third more work for a fraction of the memory.
+        task_inputs: What `read_task_inputs` gave for these images, for an encoder with a
+            SAM-Adapter; None reads them as images without padding.
 
     Returns:
         Image embeddings [B, 256, H / 16, W / 16], in the precision of the encoder's matrices.
@@ -110,12 +114,19 @@ def encode_image(
         )
     dtype = projection.weight.dtype
     x = image_encoder.patch_embed(images.to(dtype)).contiguous()  # [B, H, W, C]
+    adapter = sam_adapter_of(image_encoder)
+    if adapter is not None:
+        if task_inputs is None:
+            task_inputs = read_task_inputs(image_encoder, images)
+        features = adapter.features(x, task_inputs)
     # From here to the end the sum that all blocks add to is in single precision at least.
     x = x + resize_position_embedding(image_encoder.pos_embed, x.shape[1:3])
     terms = _global_terms(image_encoder, ba_sam or BaSamConfig(), (x.shape[1], x.shape[2]))
-    for block in image_encoder.blocks:
+    for index, block in enumerate(image_encoder.blocks):
         if pause is not None:
             pause()
+        if adapter is not None:
+            x = x + adapter(features, index)
         here = terms if block.window_size == 0 else _Terms()
         if checkpointing and torch.is_grad_enabled():
             x = checkpoint(_block, block, x, here, pause, use_reentrant=False)

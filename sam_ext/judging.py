@@ -16,46 +16,23 @@ from numpy.typing import NDArray
 from sam_ext.errors import ConfigError
 from sam_ext.evaluate.common import box_prompt, center_point, points_prompt
 from sam_ext.interactive import CropPolicy, answer_prompts, default_refine, embed_once
+from sam_ext.labels import LabelledImage
 from sam_ext.metrics import iou, tight_box
-from sam_ext.predictor import ObjectPrompt, Predictor
+from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
+from sam_ext.prompt_free import answer_prompt_free
 from sam_ext.training.robust import noisy_boxes
 
-__all__ = ["JudgedImage", "JudgedObject", "Judgement", "JudgementRow", "ModelName", "judge"]
+__all__ = ["Judgement", "JudgementRow", "ModelName", "judge"]
 
 ModelName = Literal["candidate", "active", "base"]
+
+_Embed = Callable[[Crop | None], Embedding]
 
 _ALL = "all"
 _JITTER = 0.2  # of boxes, as `noisy_boxes` takes it
 _FALL = 0.02  # of a label's mean, that is forgiven
 _FEW = 5  # objects, of which a label has at least so many to count by itself
 _FARTHEST = 0.6  # distance from the base model, beyond which masks count as collapsed
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class JudgedObject:
-    """A held-out object and what is known of it; coordinates are (x, y) in pixels of the image."""
-
-    label: str
-    """What it was called."""
-    mask: NDArray[np.bool_] | None
-    """[H, W], the truth; None where there are weak labels alone."""
-    box_xyxy: NDArray[np.floating[Any]] | None
-    """[4], as drawn; None where nobody drew one."""
-    point_coords: NDArray[np.floating[Any]]
-    """[T, 2]; T may be 0."""
-    point_labels: NDArray[np.integer[Any]]
-    """[T], 1 for the object and 0 for what is not it."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class JudgedImage:
-    """A held-out image and its objects."""
-
-    name: str
-    """Tells it from the others; decides the simulated noise together with the seed."""
-    read: Callable[[], NDArray[np.uint8]]
-    """Gives the pixels [H, W, 3]."""
-    objects: tuple[JudgedObject, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +42,17 @@ class JudgementRow:
     model: str
     """`candidate`, `active` or `base`."""
     prompt: str
-    """`tight box`, `jittered box` or `point`."""
+    """`tight box`, `jittered box` or `point`; `nothing` in the prompt-free mode."""
     measure: str
     """`iou` with the true mask; `box agreement`: IoU of the mask's box with the drawn one; `point
-    agreement`: the share of the drawn points that the mask agrees with."""
+    agreement`: the share of the drawn points that the mask agrees with; `union iou`: IoU with the
+    union of an image's true masks."""
     label: str
     """The objects' label, or `all`."""
     objects: int
+    """What the mean is over: objects, or images where nothing is asked for."""
     value: float
-    """The mean over the objects, 0..1."""
+    """The mean, 0..1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +61,8 @@ class Judgement:
 
     rows: tuple[JudgementRow, ...]
     means: dict[str, float]
-    """The mean over all objects, prompts and measures, by model; empty without objects."""
+    """The mean over all objects, prompts and measures, by model; empty without objects. The
+    prompt-free mode is no part of it."""
     distance: float
     """1 - the mean IoU of the candidate's masks with the base model's; 0 without objects."""
     promoted: bool
@@ -122,11 +102,13 @@ class _Scores:
 
 def judge(
     models: Mapping[str, Predictor],
-    images: Sequence[JudgedImage],
+    images: Sequence[LabelledImage],
     *,
     crops: CropPolicy | None,
     margin: float,
     seed: int,
+    most_objects: int | None = None,
+    prompt_free: Mapping[ModelName, str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Judgement:
     """Measure three models on held-out labels and decide whether the candidate may serve.
@@ -142,6 +124,10 @@ def judge(
     the active model, and its masks have not collapsed: their mean IoU with the base model's is at
     least 0.4. Weak labels alone would not notice that: a filled rectangle agrees with its box.
 
+    A candidate that answers without prompts, too, is asked so about each image whose objects of its
+    label all have true masks, and held against their union. If the active model has that mode for
+    the same label, the candidate may not fall by more than 0.02 there either.
+
     Args:
         models: `candidate`, `active` and `base`; the last two may be the same object, which is
             then measured once.
@@ -149,6 +135,9 @@ def judge(
         crops: As the models are served.
         margin: By how much better the candidate must be, at least 0.
         seed: Decides the jitter, together with an image's name.
+        most_objects: At most so many of an image's objects are asked for, spread evenly; None asks
+            for all.
+        prompt_free: Which models have the prompt-free mode: the label of what they find, by name.
         on_progress: Told how many images are judged, and of how many.
 
     Raises:
@@ -163,15 +152,19 @@ def judge(
         raise ConfigError(f"margin must be at least 0, got {margin}")
     distinct = {id(models[name]): models[name] for name in get_args(ModelName)}
     scores = {key: _Scores() for key in distinct}
+    unions = _Unions(models, prompt_free or {})
     distances: list[float] = []
     for done, image in enumerate(images):
         if image.objects:
             pixels = image.read()
-            questions = _questions(image, (pixels.shape[0], pixels.shape[1]), seed)
+            size_hw = (pixels.shape[0], pixels.shape[1])
+            questions = _questions(image, size_hw, seed, most_objects)
+            embed = {key: embed_once(predictor, pixels) for key, predictor in distinct.items()}
             answers = {
-                key: _answers(predictor, pixels, questions, crops)
+                key: _answers(predictor, size_hw, embed[key], questions, crops)
                 for key, predictor in distinct.items()
             }
+            unions.add(image, embed)
             for key, masks in answers.items():
                 for question, mask in zip(questions, masks, strict=True):
                     scores[key].add(question, question.score(mask))
@@ -185,9 +178,9 @@ def judge(
             on_progress(done + 1, len(images))
     by_name = {name: scores[id(models[name])] for name in get_args(ModelName)}
     distance = float(np.mean(distances)) if distances else 0.0
-    promoted, sentence = _decide(by_name, distance=distance, margin=margin)
+    promoted, sentence = _decide(by_name, unions.means, distance=distance, margin=margin)
     return Judgement(
-        rows=tuple(row for name, one in by_name.items() for row in _rows(name, one)),
+        rows=(*(row for name, one in by_name.items() for row in _rows(name, one)), *unions.rows),
         means={name: float(np.mean(one.of())) for name, one in by_name.items() if one.of()},
         distance=distance,
         promoted=promoted,
@@ -195,13 +188,61 @@ def judge(
     )
 
 
-def _questions(image: JudgedImage, image_hw: tuple[int, int], seed: int) -> list[_Question]:
+class _Unions:
+    """What the candidate, and the active model beside it, find without prompts."""
+
+    def __init__(
+        self, models: Mapping[str, Predictor], prompt_free: Mapping[ModelName, str]
+    ) -> None:
+        self._models, self._label = models, prompt_free.get("candidate")
+        self._values: dict[str, list[float]] = {
+            name: []
+            for name in ("candidate", "active")
+            if self._label is not None and prompt_free.get(name) == self._label
+        }
+
+    def add(self, image: LabelledImage, embed: Mapping[int, _Embed]) -> None:
+        """Ask about an image, if what is wanted is known."""
+        masks = [one.mask for one in image.objects if one.label == self._label]
+        known = [mask for mask in masks if mask is not None]
+        if not known or len(known) < len(masks):
+            return
+        wanted = np.logical_or.reduce(known)
+        for name, values in self._values.items():
+            model = self._models[name]
+            answer = answer_prompt_free(model, embed[id(model)](None))
+            values.append(iou(answer.mask, wanted))
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean IoU by model; empty if nothing was measured."""
+        return {name: float(np.mean(values)) for name, values in self._values.items() if values}
+
+    @property
+    def rows(self) -> list[JudgementRow]:
+        return [
+            JudgementRow(
+                model=name,
+                prompt="nothing",
+                measure="union iou",
+                label=_ALL,
+                objects=len(self._values[name]),
+                value=value,
+            )
+            for name, value in self.means.items()
+        ]
+
+
+def _questions(
+    image: LabelledImage, image_hw: tuple[int, int], seed: int, most_objects: int | None
+) -> list[_Question]:
     """Write down what is asked about an image, the same for all models."""
     digest = hashlib.sha256(f"{seed} {image.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     jittered = partial(_jittered, image_hw=image_hw, generator=generator)
     questions = []
-    for one in image.objects:
+    every = -(-len(image.objects) // most_objects) if most_objects else 1
+    for one in image.objects[::every]:
         ask = partial(_Question, label=one.label)
         if one.mask is not None and one.mask.any():
             box, score = tight_box(one.mask), partial(iou, one.mask)
@@ -262,7 +303,8 @@ def _point_agreement(
 
 def _answers(
     predictor: Predictor,
-    pixels: NDArray[np.uint8],
+    image_hw: tuple[int, int],
+    embed: _Embed,
     questions: Sequence[_Question],
     crops: CropPolicy | None,
 ) -> list[NDArray[np.bool_]]:
@@ -270,8 +312,8 @@ def _answers(
     answers = answer_prompts(
         predictor,
         [question.prompt for question in questions],
-        image_hw=(pixels.shape[0], pixels.shape[1]),
-        embed=embed_once(predictor, pixels),
+        image_hw=image_hw,
+        embed=embed,
         crops=crops,
         refine=default_refine(predictor.image_size),
     )
@@ -296,7 +338,13 @@ def _rows(model: str, scores: _Scores) -> list[JudgementRow]:
     ]
 
 
-def _decide(scores: Mapping[str, _Scores], *, distance: float, margin: float) -> tuple[bool, str]:
+def _decide(
+    scores: Mapping[str, _Scores],
+    unions: Mapping[str, float],
+    *,
+    distance: float,
+    margin: float,
+) -> tuple[bool, str]:
     """Say whether the candidate may serve, and why."""
     if not scores["candidate"].of():
         return False, "Kept the active model: no held-out image has an object to judge by."
@@ -323,7 +371,13 @@ def _decide(scores: Mapping[str, _Scores], *, distance: float, margin: float) ->
             f"Kept the active model: the candidate reached {measured}, but fell from {before:.3f} "
             f"to {after:.3f} on the label {label}."
         )
-    return True, f"Promoted: the candidate reached {measured}."
+    if "active" in unions and unions["candidate"] < unions["active"] - _FALL:
+        return False, (
+            f"Kept the active model: the candidate reached {measured}, but fell from "
+            f"{unions['active']:.3f} to {unions['candidate']:.3f} without a prompt."
+        )
+    unasked = f", and {unions['candidate']:.3f} without a prompt" if unions else ""
+    return True, f"Promoted: the candidate reached {measured}{unasked}."
 
 
 def _falls(scores: Mapping[str, _Scores]) -> list[tuple[str, float, float]]:

@@ -1,19 +1,17 @@
-"""LoRA: a few parameters beside a frozen image encoder, trained, saved, and merged into it."""
+"""LoRA: a few parameters beside a frozen image encoder, trained, and merged into it."""
 
 from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_ext.errors import CheckpointError, ConfigError
+from sam_ext.errors import ConfigError
 from sam_ext.sam import Sam
-from sam_ext.state_dicts import save_state
 
 if TYPE_CHECKING:
     from segment_anything.modeling import ImageEncoderViT
@@ -25,7 +23,6 @@ __all__ = [
     "lora_parameters",
     "lora_state",
     "merge_lora",
-    "save_lora",
 ]
 
 
@@ -182,30 +179,3 @@ def merge_lora(sam: Sam) -> Sam:
             block.attn.qkv = plain
     merged.requires_grad_(True)
     return merged.eval()
-
-
-def save_lora(sam: Sam, path: Path, *, base: str) -> None:
-    """Write the low-rank tensors as safetensors; the file appears whole or not at all.
-
-    Args:
-        sam: With LoRA attached; it is not changed.
-        path: The file, replaced if it is there.
-        base: `weights_fingerprint` of the SAM that LoRA was attached to.
-
-    Raises:
-        ConfigError: If the SAM has no LoRA.
-        CheckpointError: If a value is not finite.
-    """
-    state = lora_state(sam)
-    if not state:
-        raise ConfigError("a SAM must have LoRA to save it, got one without; call attach_lora")
-    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise CheckpointError(
-            f"{len(bad)} LoRA tensors are not finite (first: {bad[0]}); {path} was not written"
-        )
-    rank = next(iter(state.values())).shape[1]
-    save_state(
-        {name: value.contiguous() for name, value in state.items()},
-        path,
-        metadata={"format": "pt", "method": "lora", "rank": str(rank), "base": base},
-    )

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -31,6 +31,7 @@ from sam_ext.prompt_encoder import (
 )
 from sam_ext.resolution import ResolutionPolicy
 from sam_ext.sam import Sam, weights_fingerprint
+from sam_ext.sam_adapter import read_task_inputs
 from sam_ext.stable_sam import StableSam, prepare_stable_sam
 from sam_ext.state_dicts import state_fingerprint
 
@@ -40,6 +41,8 @@ __all__ = ["Crop", "Embedding", "ObjectMasks", "ObjectPrompt", "Predictor"]
 # faster with fewer, whose image tokens stay in its cache.
 _OBJECTS_AT_ONCE = 64
 _TOKENS_AT_ONCE_ON_CPU = 8192
+
+_Pixel = TypeVar("_Pixel", bound=np.generic)
 
 
 class Crop(NamedTuple):
@@ -201,6 +204,8 @@ class Predictor:
         """At which size images are encoded."""
         self.image_size: int = sam.image_encoder.img_size
         """The side in pixels of the training square."""
+        self.mask_threshold: float = sam.mask_threshold
+        """Logits above it are of the mask."""
         self.device: torch.device = sam.device
         dtype = resolve_precision(self.device, precision)
         self._encoder = prepare_encoder(sam.image_encoder, dtype)
@@ -264,10 +269,16 @@ class Predictor:
         images = (pixels.to(self.device) - self._sam.pixel_mean) / self._sam.pixel_std
         padding = (0, padded_size[1] - input_size[1], 0, padded_size[0] - input_size[0])
         padded = F.pad(images, padding)[None]
+        # Read out here: what is compiled is the same for all sizes of one padded size.
+        inputs = read_task_inputs(self._encoder, padded, input_size)
         if self._compiled is None:
-            embeddings = encode_image(self._encoder, padded, ba_sam=self._ba_sam, pause=pause)
+            embeddings = encode_image(
+                self._encoder, padded, ba_sam=self._ba_sam, pause=pause, task_inputs=inputs
+            )
         else:
-            embeddings = self._compiled(self._encoder, padded, ba_sam=self._ba_sam)
+            embeddings = self._compiled(
+                self._encoder, padded, ba_sam=self._ba_sam, task_inputs=inputs
+            )
         return Embedding(
             image_embeddings=embeddings,
             original_size=(height, width),
@@ -318,13 +329,13 @@ class Predictor:
 
     @torch.inference_mode()
     def decode_low_res(
-        self, embedding: Embedding, prompts: Sequence[ObjectPrompt]
+        self, embedding: Embedding, prompts: Sequence[ObjectPrompt | None]
     ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """Predict each object's four masks, the single one first, at the decoder's resolution.
 
         Args:
             embedding: What `embed` gave for the image.
-            prompts: The objects.
+            prompts: The objects; None asks without a prompt, see `answer_prompt_free`.
 
         Returns:
             For each prompt logits [4, h, w], padding included, IoU predictions [4], and with a
@@ -338,7 +349,7 @@ class Predictor:
         groups: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
         tokens = [self._tokens(embedding, prompt) for prompt in prompts]
         for index, prompt in enumerate(prompts):
-            mask = prompt.mask_input
+            mask = None if prompt is None else prompt.mask_input
             if mask is not None and mask.shape != wanted:
                 raise PromptError(
                     f"prompts[{index}].mask_input must be {list(wanted)}, as this image's "
@@ -354,7 +365,8 @@ class Predictor:
         for group in groups.values():
             for start in range(0, len(group), at_once):
                 part = group[start : start + at_once]
-                masks = [m for index in part if (m := prompts[index].mask_input) is not None]
+                asked = [prompt for index in part if (prompt := prompts[index]) is not None]
+                masks = [prompt.mask_input for prompt in asked if prompt.mask_input is not None]
                 decoded = self._decode_group(
                     embedding,
                     coords=np.stack([tokens[index][0] for index in part]),
@@ -375,22 +387,22 @@ class Predictor:
 
         Outside an embedding's crop the mask is empty.
         """
-        region = embedding.region
-        height, width = embedding.input_size
-        # cv2 resizes as torch does, to 1e-7, ten times faster on a CPU.
-        logits = cv2.resize(low_res.cpu().numpy(), embedding.padded_size[::-1])[:height, :width]
-        logits = cv2.resize(logits, region.size[::-1])
-        mask: NDArray[np.bool_] = logits > self._sam.mask_threshold
-        if embedding.crop is None:
-            return mask
-        pasted = np.zeros(embedding.original_size, np.bool_)
-        pasted[region.y0 : region.y1, region.x0 : region.x1] = mask
-        return pasted
+        mask: NDArray[np.bool_] = _resized_logits(embedding, low_res) > self.mask_threshold
+        return _pasted(embedding, mask, outside=False)
+
+    def full_logits(self, embedding: Embedding, low_res: Tensor) -> NDArray[np.float32]:
+        """Bring one mask's logits [h, w] to the original image's size.
+
+        Outside an embedding's crop they are minus infinity.
+        """
+        return _pasted(embedding, _resized_logits(embedding, low_res), outside=-np.inf)
 
     def _tokens(
-        self, embedding: Embedding, prompt: ObjectPrompt
+        self, embedding: Embedding, prompt: ObjectPrompt | None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Write a prompt as SAM's labelled points [T, 2], [T] in pixels of the encoder's input."""
+        if prompt is None:
+            return np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
         coords = [prompt.point_coords]
         labels = [*prompt.point_labels.tolist()]
         if prompt.box_xyxy is not None:
@@ -435,6 +447,25 @@ class Predictor:
             dense_prompt_embeddings=embed_dense(encoder, mask, grid_hw=grid_hw),
             stable_sam=self.stable_sam,
         )
+
+
+def _resized_logits(embedding: Embedding, low_res: Tensor) -> NDArray[np.float32]:
+    """Bring logits [h, w] to the size of what was embedded."""
+    height, width = embedding.input_size
+    # cv2 resizes as torch does, to 1e-7, ten times faster on a CPU.
+    logits = cv2.resize(low_res.cpu().numpy(), embedding.padded_size[::-1])[:height, :width]
+    resized: NDArray[np.float32] = cv2.resize(logits, embedding.region.size[::-1])
+    return resized
+
+
+def _pasted(embedding: Embedding, part: NDArray[_Pixel], *, outside: float) -> NDArray[_Pixel]:
+    """Put what was embedded where it is in the image."""
+    if embedding.crop is None:
+        return part
+    region = embedding.region
+    pasted = np.full(embedding.original_size, outside, part.dtype)
+    pasted[region.y0 : region.y1, region.x0 : region.x1] = part
+    return pasted
 
 
 def _digest(text: str) -> str:

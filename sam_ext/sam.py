@@ -19,6 +19,7 @@ from segment_anything.modeling import (
 )
 
 from sam_ext.config import SamConfig
+from sam_ext.sam_adapter import sam_adapter_of
 from sam_ext.state_dicts import state_fingerprint
 
 __all__ = ["Sam", "build_sam", "weights_fingerprint"]
@@ -76,4 +77,6 @@ def weights_fingerprint(sam: Sam) -> str:
     # The tensors' shapes tell all sizes but the windows'.
     windows = [block.window_size for block in sam.image_encoder.blocks]
     text = f"{sam.image_encoder.img_size} {windows} {state_fingerprint(sam)}"
+    if (adapter := sam_adapter_of(sam.image_encoder)) is not None:
+        text += f" {adapter.config}"
     return hashlib.sha256(text.encode()).hexdigest()

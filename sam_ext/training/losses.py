@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sam_ext.errors import ConfigError
 
-__all__ = ["dice_loss", "focal_loss", "mask_iou"]
+__all__ = ["cross_entropy", "dice_loss", "focal_loss", "mask_iou", "soft_iou_loss"]
 
 
 def focal_loss(
@@ -47,6 +47,61 @@ def focal_loss(
     if alpha >= 0:
         loss = (alpha * targets + (1 - alpha) * (1 - targets)) * loss
     return loss.mean(dim=(-2, -1))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, balanced: bool = False) -> Tensor:
+    r"""Measure each pixel by itself.
+
+    .. math:: -w_+ t \log p - w_- (1 - t) \log(1 - p), \text{ averaged over the mask's pixels}
+
+    Args:
+        logits: [..., H, W].
+        targets: [..., H, W] in 0..1, broadcast against the logits.
+        balanced: Weigh foreground and background by the other one's share of the pixels, for
+            masks that are most or little of their image; otherwise both weights are 1.
+
+    Returns:
+        One value per mask, [...].
+
+    Raises:
+        ConfigError: If the two do not share H and W.
+
+    Source:
+        Chen et al., arXiv:2304.09148, and the official code: the balanced one for shadows.
+    """
+    _check(logits, targets)
+    targets = targets.expand_as(logits)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    if balanced:
+        foreground = targets.mean(dim=(-2, -1), keepdim=True)
+        missed, invented = targets * F.softplus(-logits), (1 - targets) * F.softplus(logits)
+        loss = (1 - foreground) * missed + foreground * invented
+    return loss.mean(dim=(-2, -1))
+
+
+def soft_iou_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    r"""Measure the overlap of each mask by itself, as IoU does.
+
+    .. math:: 1 - \frac{\sum p t}{\sum p + \sum t - \sum p t}
+
+    Args:
+        logits: [..., H, W].
+        targets: [..., H, W] in 0..1, broadcast against the logits.
+
+    Returns:
+        One value per mask, [...], in 0..1.
+
+    Raises:
+        ConfigError: If the two do not share H and W.
+
+    Source:
+        Chen et al., arXiv:2304.09148, and the official code.
+    """
+    _check(logits, targets)
+    p = torch.sigmoid(logits)
+    overlap = (p * targets).sum(dim=(-2, -1))
+    total = p.sum(dim=(-2, -1)) + targets.sum(dim=(-2, -1))
+    return 1 - overlap / (total - overlap).clamp(min=1e-6)  # 0 where both are empty
 
 
 def dice_loss(logits: Tensor, targets: Tensor, *, smooth: float = 1.0) -> Tensor:

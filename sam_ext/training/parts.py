@@ -1,4 +1,4 @@
-"""What WeSAM looks at in one step: an image, or a crop of it as it would be served, and prompts."""
+"""What is looked at in one step: an image, or a crop of it as it would be served, and prompts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from sam_ext.automatic import generate_masks
 from sam_ext.errors import DataError
 from sam_ext.interactive import CropPolicy, answer_prompts, first_crop
+from sam_ext.labels import LabelledImage, LabelledObject
 from sam_ext.metrics import tight_box
 from sam_ext.predictor import Crop, ObjectPrompt, Predictor
 from sam_ext.training.views import Flip, flip_boxes, flip_image, flip_points
-from sam_ext.training.weak import WeakImage, WeakObject
 
 __all__ = [
     "MASK_STRIDE",
@@ -87,6 +87,8 @@ class View:
     """[P, H / 4, W / 4] bool: the drawn boxes; nothing where there is none."""
     masks: Tensor
     """[P, H / 4, W / 4], the share that a drawn mask covers; 0 where there is none."""
+    covered: Tensor
+    """[H / 4, W / 4], the share that any mask of the image covers, also those not asked for."""
 
     def flipped(self, flip: Flip) -> View:
         """Turn everything round in the same way."""
@@ -102,6 +104,7 @@ class View:
             required=flip_image(self.required, flip),
             boxes=flip_image(self.boxes, flip),
             masks=flip_image(self.masks, flip),
+            covered=flip_image(self.covered, flip),
         )
 
 
@@ -134,7 +137,7 @@ class _Prompted:
 
     prompt: ObjectPrompt
     teacher_prompt: ObjectPrompt
-    asserted: WeakObject | None
+    asserted: LabelledObject | None
 
 
 def _assemble(
@@ -142,6 +145,7 @@ def _assemble(
     objects: Sequence[_Prompted],
     region: Crop,
     input_size: tuple[int, int],
+    covered: NDArray[np.bool_],
 ) -> View:
     """Cut a region out of an image, and bring it and what is known of it to the encoder's size."""
     x0, y0, x1, y1 = region
@@ -172,11 +176,23 @@ def _assemble(
         required=required,
         boxes=boxes,
         masks=masks,
+        covered=_low_resolution(_resized(covered, region, input_size)),
     )
 
 
+def _resized(
+    mask: NDArray[np.bool_], region: Crop, input_size: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Bring the part of a mask [H, W] in a region to the encoder's size."""
+    cut = mask[region.y0 : region.y1, region.x0 : region.x1].astype(np.uint8)
+    resized: NDArray[np.bool_] = (
+        cv2.resize(cut, input_size[::-1], interpolation=cv2.INTER_NEAREST) > 0
+    )
+    return resized
+
+
 def _assertions(
-    one: WeakObject | None,
+    one: LabelledObject | None,
     region: Crop,
     moved: Callable[[NDArray[np.floating[Any]]], NDArray[np.float64]],
     input_size: tuple[int, int],
@@ -184,7 +200,8 @@ def _assertions(
     """Draw what is asserted of an object: allowed, required, box and mask, as `View` has them."""
     height, width = input_size
     allowed = np.ones(input_size, np.bool_)
-    box, mask = np.zeros(input_size, np.bool_), np.zeros(input_size, np.bool_)
+    box = np.zeros(input_size, np.bool_)
+    mask: NDArray[np.bool_] = np.zeros(input_size, np.bool_)
     points = {label: np.zeros(input_size, np.bool_) for label in (0, 1)}
     if one is not None and one.box_xyxy is not None:
         corners = moved(one.box_xyxy)
@@ -193,8 +210,7 @@ def _assertions(
         box[top:bottom, left:right] = True
         allowed &= box
     if one is not None and one.mask is not None:
-        cut = one.mask[region.y0 : region.y1, region.x0 : region.x1].astype(np.uint8)
-        mask = cv2.resize(cut, (width, height), interpolation=cv2.INTER_NEAREST) > 0
+        mask = _resized(one.mask, region, input_size)
         reach = max(_TOLERANCE * float(np.sqrt(mask.sum())), _LEAST_TOLERANCE_PX)
         outside = (~mask).astype(np.uint8)
         allowed &= cv2.distanceTransform(outside, cv2.DIST_L2, 5) <= reach
@@ -220,7 +236,7 @@ def _low_resolution(drawn: NDArray[np.bool_]) -> Tensor:
 
 
 def prompt_of(
-    one: WeakObject, *, kind: PromptChoice, image_hw: tuple[int, int], rng: np.random.Generator
+    one: LabelledObject, *, kind: PromptChoice, image_hw: tuple[int, int], rng: np.random.Generator
 ) -> ObjectPrompt | None:
     """Choose how an object is asked for.
 
@@ -324,7 +340,7 @@ class PartSource:
 
     def __init__(
         self,
-        images: Sequence[WeakImage],
+        images: Sequence[LabelledImage],
         *,
         anchor: Predictor,
         kind: PromptChoice,
@@ -387,7 +403,11 @@ class PartSource:
                 region.size, train_side=self._anchor.image_size
             )
             objects = [layout.objects[i] for i in layout.chunks[crop][number]]
-            view = _assemble(image, objects, region, input_size)
+            covered = np.zeros(image.shape[:2], np.bool_)
+            for one in self._images[index].objects:
+                if one.mask is not None:
+                    covered |= one.mask
+            view = _assemble(image, objects, region, input_size, covered)
             return Part(key=(index, crop, number), view=view)
 
         return self._parts.get((index, crop, number), make)
@@ -439,7 +459,7 @@ class PartSource:
         return self._layouts[index]
 
     def _labelled(
-        self, image: WeakImage, size_hw: tuple[int, int], rng: np.random.Generator
+        self, image: LabelledImage, size_hw: tuple[int, int], rng: np.random.Generator
     ) -> list[_Prompted]:
         objects = []
         for one in image.objects:

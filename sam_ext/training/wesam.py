@@ -36,18 +36,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
-import logging
 import math
-import os
-import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -56,28 +50,34 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from sam_ext.ba_sam import BaSamConfig
-from sam_ext.errors import CheckpointError, ConfigError
-from sam_ext.image_encoder import Precision, encode_image, resolve_precision
+from sam_ext.errors import ConfigError
+from sam_ext.image_encoder import Precision, resolve_precision
 from sam_ext.interactive import CropPolicy, default_crops
-from sam_ext.lora import attach_lora, load_lora_state, lora_parameters, lora_state
-from sam_ext.mask_decoder import decode_masks
+from sam_ext.labels import LabelledImage
+from sam_ext.lora import attach_lora, lora_parameters
 from sam_ext.predictor import ObjectPrompt, Predictor
-from sam_ext.prompt_encoder import (
-    BOX_BOTTOM_RIGHT,
-    BOX_TOP_LEFT,
-    NOT_A_POINT,
-    dense_position_encoding,
-    embed_dense,
-    embed_tokens,
-)
 from sam_ext.resolution import ResolutionPolicy, default_policy
 from sam_ext.sam import Sam
 from sam_ext.stable_sam import StableSam
+from sam_ext.training.branch import (
+    Branch,
+    Seen,
+    chosen_masks,
+    pixels_of,
+    token_groups,
+    unpadded,
+)
 from sam_ext.training.losses import dice_loss, mask_iou
 from sam_ext.training.parts import MASK_STRIDE, Kept, PartSource, PromptChoice, View
 from sam_ext.training.robust import noisy_boxes, random_points
+from sam_ext.training.steps import (
+    LastStep,
+    TrainingStep,
+    run_identity,
+    run_steps,
+    single_device,
+)
 from sam_ext.training.views import FLIPS, strong_view
-from sam_ext.training.weak import WeakImage
 from sam_ext.training.wesam_losses import (
     box_projection_loss,
     contrastive_loss,
@@ -85,12 +85,8 @@ from sam_ext.training.wesam_losses import (
     self_training_focal_loss,
 )
 
-__all__ = ["PromptChoice", "WesamConfig", "WesamStep", "adapt", "default_steps"]
+__all__ = ["PromptChoice", "WesamConfig", "adapt", "default_steps"]
 
-_LOG = logging.getLogger(__name__)
-
-_SAVE_STEPS = 20
-_SAVE_S = 30.0
 _LOOSE_BOX = 0.2  # strength of `noisy_boxes`
 _POINTS_CHANCE, _MOST_POINTS = 0.5, 3  # that take a box's place
 
@@ -172,27 +168,13 @@ class WesamConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class WesamStep:
-    """How far an adaptation is."""
-
-    step: int
-    """Steps done, at least 1."""
-    steps: int
-    """Steps of the whole run."""
-    losses: dict[str, float]
-    """This step's losses by name, before they are weighed, and their weighed sum as `total`."""
-    eta_s: float
-    """Seconds that are left, by the pace since the run was begun or resumed."""
-
-
 def adapt(
     sam: Sam,
-    images: Sequence[WeakImage],
+    images: Sequence[LabelledImage],
     config: WesamConfig,
     *,
     run_dir: Path | None = None,
-    on_step: Callable[[WesamStep], None] | None = None,
+    on_step: Callable[[TrainingStep], None] | None = None,
     stable_sam: StableSam | None = None,
     fabric: Fabric | None = None,
 ) -> Sam:
@@ -210,8 +192,8 @@ def adapt(
             images; None trains on the model's device alone.
 
     Returns:
-        A new SAM with LoRA attached and trained, in evaluation mode; `save_lora` writes what is new
-        of it, `merge_lora` makes it plain.
+        A new SAM with LoRA attached and trained, in evaluation mode; `save_adapter` writes what is
+        new of it, `merge_lora` makes it plain.
 
     Raises:
         ConfigError: If the loss is not finite.
@@ -221,7 +203,7 @@ def adapt(
     device = sam.device
     precision = resolve_precision(device, config.precision)
     if fabric is None:
-        fabric = _single_device(device, precision)
+        fabric = single_device(device, precision)
     policy = config.policy or default_policy(sam.image_encoder.img_size)
     crops = config.crops or default_crops(sam.image_encoder.img_size)
     anchor = Predictor(
@@ -241,129 +223,44 @@ def adapt(
         crop_chance=config.crop_chance,
         seed=config.seed,
     )
-    steps = config.steps or default_steps(len(images))
     adapted = _with_lora(sam, config)
-    branch = _Branch(adapted, stable_sam, config)
-    parameters = lora_parameters(adapted)
+    branch = Branch(
+        adapted,
+        stable_sam,
+        ba_sam=config.ba_sam,
+        checkpointing=config.gradient_checkpointing,
+    )
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        lora_parameters(adapted), lr=config.learning_rate, weight_decay=config.weight_decay
     )
-    last = (
-        None
-        if run_dir is None
-        else _LastStep(run_dir / "last.pt", _identity(anchor, images, config))
-    )
-    step = 0 if last is None else last.resume(adapted, optimizer)
-    module, optimizer = fabric.setup(branch, optimizer)
     anchored = Kept(max_entries=1024)
     ask_anchor = partial(_anchor_target, anchor, is_ambiguous=stable_sam is None)
-    generator = torch.Generator()
-    started, first_step = time.monotonic(), step
-    while step < steps:
-        own = step * fabric.world_size + fabric.global_rank
-        generator.manual_seed(config.seed * 1_000_003 + own)
+
+    def backward(module: nn.Module, own: int, generator: torch.Generator) -> dict[str, float]:
         part = parts.part(own)
         flip = FLIPS[int(torch.randint(len(FLIPS), (), generator=generator))]
         view = part.view.flipped(flip)
         target = anchored.get((part.key, flip), partial(ask_anchor, view))
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _pace(step, steps, config.warmup_steps)
-        losses = _backward(fabric, module, view, target, config, generator)
-        if not math.isfinite(losses["total"]):
-            raise ConfigError(
-                f"the loss must be finite, got {losses['total']} at step {step}; "
-                "lower WesamConfig.learning_rate"
-            )
-        fabric.clip_gradients(module, optimizer, max_norm=config.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if last is not None and fabric.is_global_zero:
-            last.save_if_due(adapted, optimizer, step, is_end=step == steps)
-        if on_step is not None:
-            elapsed = time.monotonic() - started
-            on_step(
-                WesamStep(
-                    step=step,
-                    steps=steps,
-                    losses=losses,
-                    eta_s=elapsed / (step - first_step) * (steps - step),
-                )
-            )
+        return _backward(fabric, module, view, target, config, generator)
+
+    last = None
+    if run_dir is not None:
+        identity = run_identity(anchor.fingerprint, images, config)
+        last = LastStep(run_dir / "last.pt", identity)
+    run_steps(
+        adapted,
+        branch,
+        optimizer,
+        backward,
+        steps=config.steps or default_steps(len(images)),
+        warmup_steps=config.warmup_steps,
+        gradient_clip=config.gradient_clip,
+        seed=config.seed,
+        fabric=fabric,
+        last=last,
+        on_step=on_step,
+    )
     return adapted.eval()
-
-
-class _Branch(nn.Module):
-    """Student and teacher: one SAM, asked about one view."""
-
-    def __init__(self, sam: Sam, stable_sam: StableSam | None, config: WesamConfig) -> None:
-        super().__init__()
-        self.sam = sam
-        # Copied: gradients pass through it, and reach nothing in it.
-        self.stable_sam = copy.deepcopy(stable_sam)
-        if self.stable_sam is not None:
-            self.stable_sam.to(sam.device).requires_grad_(False)
-        self._config = config
-
-    def forward(self, image: Tensor, groups: Sequence[_Group]) -> _Seen:
-        """Ask for objects of an image [3, H, W] uint8; all groups together have P."""
-        sam, config = self.sam, self._config
-        patch: int = sam.image_encoder.patch_embed.proj.kernel_size[0]
-        height, width = image.shape[-2:]
-        pixels = (image.float() - sam.pixel_mean) / sam.pixel_std
-        pixels = F.pad(pixels, (0, -width % patch, 0, -height % patch))
-        embeddings = encode_image(
-            sam.image_encoder,
-            pixels[None],
-            ba_sam=config.ba_sam,
-            checkpointing=config.gradient_checkpointing,
-        )
-        grid = (embeddings.shape[-2], embeddings.shape[-1])
-        image_pe = dense_position_encoding(sam.prompt_encoder, grid)
-        dense = embed_dense(sam.prompt_encoder, None, grid_hw=grid)
-        size = (pixels.shape[-2], pixels.shape[-1])
-        decoded = [
-            decode_masks(
-                sam.mask_decoder,
-                embeddings,
-                image_pe=image_pe,
-                sparse_prompt_embeddings=embed_tokens(
-                    sam.prompt_encoder, group.coords, group.labels, input_size=size
-                ),
-                dense_prompt_embeddings=dense,
-                stable_sam=self.stable_sam,
-            )
-            for group in groups
-        ]
-        order = torch.cat([group.places for group in groups]).argsort()
-        logits = torch.cat([one.low_res_logits for one in decoded])[order]
-        return _Seen(
-            embeddings=_unpadded(embeddings, image, patch)[0].float(),
-            logits=_unpadded(logits, image, MASK_STRIDE).float(),
-            ious=torch.cat([one.iou_predictions for one in decoded])[order].float(),
-        )
-
-
-class _Group(NamedTuple):
-    """Objects asked for by equally many tokens."""
-
-    places: Tensor
-    """[K], where they stand among all objects."""
-    coords: Tensor
-    """[K, T, 2] in pixels of the view."""
-    labels: Tensor
-    """[K, T], as `embed_tokens` takes them."""
-
-
-class _Seen(NamedTuple):
-    """What a branch sees of P objects, padding left out."""
-
-    embeddings: Tensor
-    """[256, H / 16, W / 16]."""
-    logits: Tensor
-    """[P, 4, H / 4, W / 4]: the single mask, then the three of a point."""
-    ious: Tensor
-    """[P, 4]."""
 
 
 class _Target(NamedTuple):
@@ -377,42 +274,6 @@ class _Target(NamedTuple):
     """[P + 1, 256], the background last."""
     is_ambiguous: bool
     """Whether a single point has three masks; with a plugin it has the single one, too."""
-
-
-def _groups(prompts: Sequence[ObjectPrompt], device: torch.device) -> list[_Group]:
-    """Write prompts as SAM's labelled points, those of equally many together."""
-    by_count: defaultdict[int, list[int]] = defaultdict(list)
-    tokens = []
-    for index, prompt in enumerate(prompts):
-        coords, labels = [prompt.point_coords], [*prompt.point_labels.tolist()]
-        if prompt.box_xyxy is not None:
-            coords.append(prompt.box_xyxy.reshape(2, 2))
-            labels += [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
-        else:
-            coords.append(np.zeros((1, 2)))
-            labels.append(NOT_A_POINT)
-        tokens.append((np.concatenate(coords), labels))
-        by_count[len(labels)].append(index)
-    return [
-        _Group(
-            places=torch.tensor(members, device=device),
-            coords=torch.tensor(
-                np.stack([tokens[i][0] for i in members]), dtype=torch.float32, device=device
-            ),
-            labels=torch.tensor([tokens[i][1] for i in members], device=device),
-        )
-        for members in by_count.values()
-    ]
-
-
-def _unpadded(maps: Tensor, image: Tensor, stride: int) -> Tensor:
-    """Cut maps [..., h, w], one pixel for `stride` of the image's, off where the image ends."""
-    height, width = image.shape[-2:]
-    return maps[..., : -(-height // stride), : -(-width // stride)]
-
-
-def _pixels(image: Any, device: torch.device) -> Tensor:
-    return torch.tensor(image).permute(2, 0, 1).to(device)
 
 
 def _features(embeddings: Tensor, masks: Tensor) -> Tensor:
@@ -431,7 +292,7 @@ def _anchor_target(anchor: Predictor, view: View, *, is_ambiguous: bool) -> _Tar
     token, masks = [], []
     answers = anchor.decode_low_res(embedding, view.teacher_prompts)
     for prompt, (low_res, ious, _) in zip(view.teacher_prompts, answers, strict=True):
-        logits = _unpadded(low_res, image, MASK_STRIDE)
+        logits = unpadded(low_res, image, MASK_STRIDE)
         best = 0
         if prompt.is_single_point and is_ambiguous:
             x, y = (prompt.point_coords[0] // MASK_STRIDE).astype(int)
@@ -440,7 +301,7 @@ def _anchor_target(anchor: Predictor, view: View, *, is_ambiguous: bool) -> _Tar
             best = 1 + int((ious[1:] + 10 * holds).argmax())
         token.append(best)
         masks.append(logits[best] > 0)
-    features = _unpadded(embedding.image_embeddings, image, patch)[0].float()
+    features = unpadded(embedding.image_embeddings, image, patch)[0].float()
     return _Target(
         masks=torch.stack(masks),
         token=torch.tensor(token, device=anchor.device),
@@ -466,7 +327,7 @@ def _backward(
         The losses before they are weighed, and their weighed sum as `total`.
     """
     device = target.masks.device
-    weak = _pixels(view.image, device)
+    weak = pixels_of(view.image, device)
     strong = strong_view(weak, generator=generator, chance=config.strong_chance)
     pseudo = view.masks.to(device)
     losses: dict[str, Tensor] = {}
@@ -474,8 +335,8 @@ def _backward(
     if config.targets == "teacher":
         learns = config.anchor_weight > 0 or config.contrastive_weight > 0
         with torch.set_grad_enabled(learns):
-            seen: _Seen = module(weak, _groups(view.teacher_prompts, device))
-            teacher = _chosen(seen.logits, target.token)
+            seen: Seen = module(weak, token_groups(view.teacher_prompts, device))
+            teacher = chosen_masks(seen.logits, target.token)
             losses = _teacher_losses(seen, teacher, target, config)
         if learns:
             total += _go_back(fabric, losses, config)
@@ -485,7 +346,7 @@ def _backward(
     is_loose = bool(torch.rand((), generator=generator) < config.loose_prompts)
     if is_loose:
         prompts = _loosened(prompts, pseudo, generator)
-    seen = module(strong, _groups(prompts, device))
+    seen = module(strong, token_groups(prompts, device))
     of_student = _student_losses(seen, pseudo, prompts, view, target, config)
     total += _go_back(fabric, of_student, config)
     for name, value in of_student.items():
@@ -502,13 +363,8 @@ def _go_back(fabric: Fabric, losses: Mapping[str, Tensor], config: WesamConfig) 
     return float(weighed.detach())
 
 
-def _chosen(logits: Tensor, token: Tensor) -> Tensor:
-    """Take one of the four masks [P, 4, H, W] of each object: [P, H, W]."""
-    return logits[torch.arange(len(token), device=logits.device), token]
-
-
 def _teacher_losses(
-    seen: _Seen, teacher: Tensor, target: _Target, config: WesamConfig
+    seen: Seen, teacher: Tensor, target: _Target, config: WesamConfig
 ) -> dict[str, Tensor]:
     """Hold the teacher's masks and features to the anchor's."""
     losses = {}
@@ -532,7 +388,7 @@ def _pseudo_masks(masks: Tensor, view: View, target: _Target, config: WesamConfi
 
 
 def _student_losses(
-    seen: _Seen,
+    seen: Seen,
     pseudo: Tensor,
     prompts: Sequence[ObjectPrompt],
     view: View,
@@ -553,7 +409,7 @@ def _student_losses(
     combined = config.focal_weight * focal + config.dice_weight * dice
     best = per_mask.masked_scatter(asked, combined.detach()).argmin(1)
     at_best = F.one_hot(best, 4).bool()[asked]
-    student = _chosen(seen.logits, best)
+    student = chosen_masks(seen.logits, best)
     ious = mask_iou(student, pseudo)
     guessed = seen.ious.gather(1, best[:, None])[:, 0]
     losses = {}
@@ -620,21 +476,6 @@ def _some_points(
     )
 
 
-def _pace(step: int, steps: int, warmup_steps: int) -> float:
-    """Linear warm-up, then a cosine down to zero."""
-    warm = min((step + 1) / max(warmup_steps, 1), 1.0)
-    return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _single_device(device: torch.device, precision: torch.dtype) -> Fabric:
-    """Make a Fabric that trains where the model is."""
-    return Fabric(
-        accelerator=device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision="bf16-mixed" if precision == torch.bfloat16 else "32-true",
-    )
-
-
 def _with_lora(sam: Sam, config: WesamConfig) -> Sam:
     """Copy a SAM, freeze the copy, and attach LoRA, the same one for the same seed."""
     adapted: Sam = copy.deepcopy(sam)
@@ -643,69 +484,3 @@ def _with_lora(sam: Sam, config: WesamConfig) -> Sam:
         torch.manual_seed(config.seed)
         attach_lora(adapted.image_encoder, rank=config.rank)
     return adapted
-
-
-def _identity(anchor: Predictor, images: Sequence[WeakImage], config: WesamConfig) -> str:
-    """Digest what must not change between the parts of one run."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    digest.update(anchor.fingerprint.encode())
-    for image in images:
-        digest.update(repr((image.name, len(image.objects))).encode())
-        for one in image.objects:
-            digest.update(repr(one.label).encode())
-            for array in (one.box_xyxy, one.point_coords, one.point_labels, one.mask):
-                digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-class _LastStep:
-    """Where a run goes on after it was ended."""
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self._path, self._identity = path, identity
-        self._saved_at, self._saved_step = time.monotonic(), 0
-
-    def resume(self, sam: Sam, optimizer: torch.optim.Optimizer) -> int:
-        """Bring model and optimizer to where they were; return the steps done."""
-        if not self._path.exists():
-            return 0
-        try:
-            saved = torch.load(self._path, map_location="cpu", weights_only=True)
-            identity = saved["identity"]
-        except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointError(
-                f"{self._path} cannot be read ({type(error).__name__}): it is damaged; "
-                "delete it to begin the run again"
-            ) from error
-        if identity != self._identity:
-            raise CheckpointError(
-                f"{self._path} must be of the same model, images, labels and settings, and is of "
-                "others; name an empty run_dir"
-            )
-        load_lora_state(sam, saved["lora"])
-        optimizer.load_state_dict(saved["optimizer"])
-        self._saved_step = int(saved["step"])
-        _LOG.info("resuming %s at step %d", self._path, self._saved_step)
-        return self._saved_step
-
-    def save_if_due(
-        self, sam: Sam, optimizer: torch.optim.Optimizer, step: int, *, is_end: bool
-    ) -> None:
-        """Write the file every so many steps or seconds, and at the end, whole or not at all."""
-        is_late = time.monotonic() - self._saved_at >= _SAVE_S
-        if not is_end and not is_late and step - self._saved_step < _SAVE_STEPS:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_suffix(".partial")
-        saved = {
-            "lora": lora_state(sam),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "identity": self._identity,
-        }
-        with unfinished.open("wb") as file:
-            torch.save(saved, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self._path)
-        self._saved_at, self._saved_step = time.monotonic(), step

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sam_ext.automatic import generate_masks, non_maximum_suppression
+from sam_ext.automatic import default_grid, generate_masks, non_maximum_suppression
 from sam_ext.errors import ConfigError
 from sam_ext.predictor import Predictor
 
@@ -200,3 +200,10 @@ def test_suppression_equals_its_slow_transcription(iou_threshold):
 def test_suppression_of_nothing_is_nothing():
     kept = non_maximum_suppression(torch.zeros(0, 4), torch.zeros(0), iou_threshold=0.5)
     assert kept.tolist() == []
+
+
+def test_small_models_are_asked_for_less_certainty():
+    assert default_grid(1024) == {}
+    small = default_grid(256)
+    assert small["pred_iou_threshold"] < 0.88
+    assert small["stability_threshold"] < 0.95

@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from sam_ext import judging
 from sam_ext.errors import ConfigError
 from sam_ext.interactive import CropPolicy, answer_prompts
-from sam_ext.judging import JudgedImage, JudgedObject, judge
+from sam_ext.judging import judge
+from sam_ext.labels import LabelledImage, LabelledObject
 from sam_ext.metrics import iou
 from sam_ext.predictor import Embedding, ObjectMasks, ObjectPrompt, Predictor
 from sam_ext.resolution import ResolutionPolicy
@@ -76,13 +80,13 @@ def answering(*rows):
 
 
 def judged(*objects, name="a"):
-    return JudgedImage(name=name, read=lambda: PIXELS, objects=tuple(objects))
+    return LabelledImage(name=name, read=lambda: PIXELS, objects=tuple(objects))
 
 
 def known(number, *, label="cell", mask=False, box=False, points=()):
     y, x = np.nonzero(TRUTHS[number])
     edges = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], float)
-    return JudgedObject(
+    return LabelledObject(
         label=label,
         mask=TRUTHS[number] if mask else None,
         box_xyxy=edges if box else None,
@@ -255,6 +259,90 @@ def test_progress_is_told_image_by_image():
     images = [judged(known(0, box=True)), judged(name="b")]
     decide(model, model, model, images, on_progress=lambda *done: told.append(done))
     assert told == [(1, 2), (2, 2)]
+
+
+def finding(sam, *numbers):
+    """Let a model find some objects without a prompt."""
+    sam.finds = np.logical_or.reduce([np.zeros(SIZE_HW, bool), *(TRUTHS[n] for n in numbers)])
+    return sam
+
+
+@pytest.fixture
+def _found_by_itself(monkeypatch):
+    def answer(model, embedding):
+        assert embedding.crop is None
+        return SimpleNamespace(mask=model.finds)
+
+    monkeypatch.setattr(judging, "answer_prompt_free", answer)
+
+
+def union_rows(judgement):
+    return {
+        row.model: (row.measure, row.label, row.objects, pytest.approx(row.value))
+        for row in judgement.rows
+        if row.prompt == "nothing"
+    }
+
+
+@pytest.mark.usefixtures("_found_by_itself")
+def test_a_candidate_that_finds_all_by_itself_is_held_against_all_objects_together():
+    candidate, base = finding(answering(3), 0, 1), answering(6)
+    images = [
+        judged(*(known(i, mask=True) for i in range(4)), name="a"),
+        judged(known(0, mask=True), known(1, mask=True), known(2, mask=True, label="other")),
+        judged(known(0, mask=True), known(3, box=True), name="not all masks are known"),
+        judged(known(4, mask=True, label="other"), name="nothing of that label"),
+    ]
+    judgement = decide(candidate, base, base, images, prompt_free={"candidate": "cell"})
+    assert union_rows(judgement) == {"candidate": ("union iou", "all", 2, (2 / 4 + 1) / 2)}
+    assert judgement.promoted
+    assert judgement.sentence.endswith("held-out answers, and 0.750 without a prompt.")
+    without = decide(candidate, base, base, images)
+    assert without.means == judgement.means
+    assert [row for row in judgement.rows if row.prompt != "nothing"] == list(without.rows)
+    assert without.sentence.endswith("held-out answers.")
+
+
+@pytest.mark.usefixtures("_found_by_itself")
+@pytest.mark.parametrize(
+    ("found", "labels", "promoted"),
+    [
+        pytest.param((0, 1), {"candidate": "cell", "active": "cell"}, False, id="it falls"),
+        pytest.param((0, 1, 2), {"candidate": "cell", "active": "cell"}, True, id="it does not"),
+        pytest.param((0, 1), {"candidate": "cell"}, True, id="the active model never had it"),
+        pytest.param((0, 1), {"active": "cell"}, True, id="the candidate never had it"),
+        pytest.param(
+            (0, 1), {"candidate": "cell", "active": "nucleus"}, True, id="of another label"
+        ),
+    ],
+)
+def test_a_candidate_may_not_fall_without_prompts_either(found, labels, promoted):
+    candidate, active = finding(answering(3), *found), finding(answering(6), 0, 1, 2)
+    judgement = decide(candidate, active, answering(6), prompt_free=labels)
+    assert judgement.promoted is promoted
+    assert set(union_rows(judgement)) == (
+        set() if "candidate" not in labels else {n for n in labels if labels[n] == "cell"}
+    )
+    if not promoted:
+        assert "but fell from 0.600 to 0.400 without a prompt." in judgement.sentence
+
+
+@pytest.mark.usefixtures("_found_by_itself")
+def test_a_fall_of_a_little_without_prompts_is_forgiven():
+    candidate, active = finding(answering(3), *range(5)), finding(answering(6), *range(5))
+    labels = {"candidate": "cell", "active": "cell"}
+    for pixels, promoted in ((20, True), (30, False)):  # of 5 times 240
+        candidate.finds = active.finds.copy()
+        candidate.finds[5 : 5 + pixels // 2, 2:4] = False
+        assert decide(candidate, active, answering(6), prompt_free=labels).promoted is promoted
+
+
+@pytest.mark.usefixtures("_found_by_itself")
+def test_most_objects_bounds_what_is_asked_for_and_not_what_is_wanted_together():
+    candidate, base = finding(answering(3), *range(5)), answering(6)
+    judgement = decide(candidate, base, base, most_objects=2, prompt_free={"candidate": "cell"})
+    assert value(judgement, "candidate", "point").objects == 2
+    assert union_rows(judgement) == {"candidate": ("union iou", "all", 1, 1.0)}
 
 
 def test_models_answer_as_they_are_served():

@@ -2,21 +2,18 @@ import copy
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from sam_ext.config import MODELS
-from sam_ext.errors import CheckpointError, ConfigError
+from sam_ext.errors import ConfigError
 from sam_ext.image_encoder import encode_image
 from sam_ext.lora import (
     LoraLinear,
     attach_lora,
     lora_parameters,
-    lora_state,
     merge_lora,
-    save_lora,
 )
-from sam_ext.sam import build_sam, weights_fingerprint
+from sam_ext.sam import build_sam
 
 
 def moved(sam):
@@ -119,30 +116,3 @@ def test_a_refused_attachment_changes_nothing(small_sam):
 def test_only_a_fused_projection_is_taken():
     with pytest.raises(ConfigError, match="8 to 24 channels, got 8"):
         LoraLinear(nn.Linear(8, 8), rank=4)
-
-
-def test_a_file_holds_what_is_new_and_says_what_it_is(adapted, tmp_path):
-    path = tmp_path / "versions" / "a.safetensors"
-    base = weights_fingerprint(adapted)
-    save_lora(adapted, path, base=base)
-    with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "method": "lora", "rank": "4", "base": base}
-        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    wanted = lora_state(adapted)
-    assert held.keys() == wanted.keys()
-    assert all(torch.equal(held[key], wanted[key]) for key in wanted)
-    assert all(key.startswith("image_encoder.blocks.") for key in held)
-    assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
-
-
-def test_what_is_not_finite_is_not_written(adapted, small_sam, tmp_path):
-    with torch.no_grad():
-        lora_parameters(adapted)[1][0, 0, 0] = float("nan")
-    with pytest.raises(CheckpointError, match="1 LoRA tensors are not finite"):
-        save_lora(adapted, tmp_path / "a.safetensors", base="")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_sam_without_lora_has_nothing_to_save(small_sam, tmp_path):
-    with pytest.raises(ConfigError, match="call attach_lora"):
-        save_lora(small_sam, tmp_path / "a.safetensors", base="")

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from sam_ext.errors import ConfigError
-from sam_ext.training.losses import dice_loss, focal_loss, mask_iou
+from sam_ext.training.losses import (
+    cross_entropy,
+    dice_loss,
+    focal_loss,
+    mask_iou,
+    soft_iou_loss,
+)
 from tests.reference import losses as reference
 
 
@@ -43,9 +49,36 @@ def test_dice_loss_is_the_papers(logits, targets, smooth):
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+def test_cross_entropy_is_the_papers(logits, targets, balanced):
+    wanted = each(lambda a, b: reference.cross_entropy(a, b, balanced), logits, targets)
+    got = cross_entropy(logits, targets, balanced=balanced)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_balanced_cross_entropy_of_a_balanced_mask_is_half_of_the_plain_one(logits):
+    target = torch.zeros(4, 5, dtype=torch.float64)
+    target[:2] = 1
+    got = cross_entropy(logits, target, balanced=True)
+    torch.testing.assert_close(got, 0.5 * cross_entropy(logits, target), rtol=0, atol=1e-12)
+
+
+def test_soft_iou_loss_is_the_papers(logits, targets):
+    wanted = each(reference.soft_iou, logits, targets)
+    torch.testing.assert_close(soft_iou_loss(logits, targets), wanted, rtol=0, atol=1e-12)
+
+
+def test_soft_iou_loss_of_an_empty_target_is_finite():
+    logits = torch.full((1, 4, 5), -200.0, requires_grad=True)
+    loss = soft_iou_loss(logits, torch.zeros(1, 4, 5))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
 def test_one_target_serves_several_masks(logits, targets):
     one = targets[:, :1]
-    for loss in (focal_loss, dice_loss, mask_iou):
+    for loss in (focal_loss, dice_loss, mask_iou, cross_entropy, soft_iou_loss):
         assert torch.equal(loss(logits, one), loss(logits, one.expand_as(logits)))
 
 

@@ -7,12 +7,12 @@ from PIL import Image
 
 from sam_ext.errors import DataError
 from sam_ext.interactive import CropPolicy, answer_prompts
+from sam_ext.labels import LabelledImage, LabelledObject
 from sam_ext.predictor import Crop, ObjectPrompt, Predictor
 from sam_ext.resolution import ResolutionPolicy
 from sam_ext.training import parts as module
 from sam_ext.training.parts import Kept, PartSource, prompt_of, with_box_of_points
 from sam_ext.training.views import FLIPS, Flip
-from sam_ext.training.weak import WeakImage, WeakObject
 
 CROPS = CropPolicy(min_object_px=24, context=2, min_side=32)
 NO_POINTS = {"point_coords": np.zeros((0, 2)), "point_labels": np.zeros(0, int)}
@@ -20,12 +20,12 @@ NO_POINTS = {"point_coords": np.zeros((0, 2)), "point_labels": np.zeros(0, int)}
 
 def weak(*, box=None, mask=None, **points):
     box = None if box is None else np.array(box, float)
-    return WeakObject(label="object", box_xyxy=box, mask=mask, **(points or NO_POINTS))
+    return LabelledObject(label="object", box_xyxy=box, mask=mask, **(points or NO_POINTS))
 
 
 def image_of(objects, *, name="a", size_hw=(60, 100), seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (*size_hw, 3), np.uint8)
-    return WeakImage(name=name, read=lambda: pixels, objects=tuple(objects))
+    return LabelledImage(name=name, read=lambda: pixels, objects=tuple(objects))
 
 
 @pytest.fixture
@@ -241,8 +241,8 @@ def test_a_flip_turns_image_prompts_and_assertions_alike(anchor, flip):
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[20:28, 12:32] = 255
     points = {"point_coords": np.array([[14.0, 22.0]]), "point_labels": np.array([1])}
-    one = WeakObject(label="a", box_xyxy=np.array([12.0, 20, 32, 28]), mask=None, **points)
-    image = WeakImage(name="a", read=lambda: pixels, objects=(one,))
+    one = LabelledObject(label="a", box_xyxy=np.array([12.0, 20, 32, 28]), mask=None, **points)
+    image = LabelledImage(name="a", read=lambda: pixels, objects=(one,))
     view = source(anchor, [image], crop_chance=0.0).part(0).view.flipped(flip)
     x0, y0, x1, y1 = view.prompts[0].box_xyxy.astype(int)
     drawn = np.zeros((64, 96), bool)
@@ -301,3 +301,27 @@ def test_what_was_used_last_is_kept():
         assert kept.get(key, lambda key=key: make(key)) == key
     assert made == ["a", "b", "c", "b"]
     assert torch.equal(kept.get("t", lambda: torch.ones(1)), torch.ones(1))
+
+
+def test_what_any_mask_covers_is_known_of_every_view(anchor):
+    """Also the objects that another part asks for, cut, resized and turned round as the masks."""
+    one, other = np.zeros((60, 100), bool), np.zeros((60, 100), bool)
+    one[10:20, 8:20] = True
+    other[30:50, 70:90] = True
+    given = image_of([weak(mask=one), weak(mask=other), weak(box=BOX)])
+    both = one | other
+    for crop_chance in (0.0, 1.0):
+        parts = source(anchor, [given], kind="box", max_objects=1, crop_chance=crop_chance)
+        for step in range(6):
+            part = parts.part(step)
+            crop = part.key[1] or Crop(0, 0, 100, 60)
+            size = part.view.image.shape[:2]
+            cut = both[crop.y0 : crop.y1, crop.x0 : crop.x1]
+            wanted = np.array(Image.fromarray(cut).resize(size[::-1], Image.Resampling.BOX))
+            share = torch.nn.functional.adaptive_avg_pool2d(
+                torch.from_numpy(wanted).float()[None], part.view.covered.shape
+            )[0]
+            assert (part.view.covered - share).abs().mean() < 0.02
+            assert part.view.covered.max() == 1
+            turned = part.view.flipped(Flip(True, False)).covered
+            assert torch.equal(turned, part.view.covered.flip(-1))

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from sam_ext.errors import CheckpointError, ConfigError, DataError
+from sam_ext.labels import LabelledImage, LabelledObject
 from sam_ext.lora import LoraLinear, lora_parameters, lora_state, merge_lora
 from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.resolution import ResolutionPolicy
 from sam_ext.sam import weights_fingerprint
 from sam_ext.stable_sam import StableSam
 from sam_ext.state_dicts import state_fingerprint
-from sam_ext.training import parts, wesam
+from sam_ext.training import parts, steps, wesam
+from sam_ext.training.branch import Branch, Seen
 from sam_ext.training.losses import dice_loss
 from sam_ext.training.views import FLIPS
-from sam_ext.training.weak import WeakImage, WeakObject
 from sam_ext.training.wesam import WesamConfig, adapt, default_steps
 from sam_ext.training.wesam_losses import pooled_features
 from tests.conftest import build_small_sam
@@ -51,8 +52,8 @@ def image_of(number, **of_object):
         "mask": None,
     }
     kept = {key: known[key] for key in known if of_object.get(key.split("_")[0], False)}
-    objects = (WeakObject(label="a", **(nothing | kept)),) if kept else ()
-    return WeakImage(name=str(number), read=lambda: pixels, objects=objects)
+    objects = (LabelledObject(label="a", **(nothing | kept)),) if kept else ()
+    return LabelledImage(name=str(number), read=lambda: pixels, objects=objects)
 
 
 def images(count=3, **of_object):
@@ -177,6 +178,7 @@ def test_the_teacher_alone_is_held_to_the_anchor_and_learns_from_it(small_sam):
 
 def test_correction_keeps_pseudo_masks_to_what_annotators_asserted():
     view = parts.View(
+        covered=torch.zeros(1, 1),
         image=np.zeros((16, 16, 3), np.uint8),
         prompts=(),
         teacher_prompts=(),
@@ -219,7 +221,7 @@ def test_full_supervision_learns_the_masks(small_sam):
 
 
 def test_a_run_that_was_ended_goes_on_to_the_same_end(small_sam, tmp_path, monkeypatch):
-    monkeypatch.setattr(wesam, "_SAVE_STEPS", 2)
+    monkeypatch.setattr(steps, "_SAVE_STEPS", 2)
     settings = config(steps=7, loose_prompts=0.5)
     wanted, whole = curve(small_sam, images(), settings)
 
@@ -396,12 +398,13 @@ def test_a_single_point_is_answered_by_the_best_of_three_and_others_by_the_singl
     wanted[0, 2:6, 2:6] = 1
     logits[0, 2] = 8 * wanted[0] - 4
     logits[0, 0, 2:6, 2:4] = 4.0  # the single mask holds a half
-    seen = wesam._Seen(torch.zeros(2, 1, 1), logits, torch.tensor([[0.5, 0.1, 0.9, 0.2]]))
+    seen = Seen(torch.zeros(2, 1, 1), logits, torch.tensor([[0.5, 0.1, 0.9, 0.2]]))
     prompt = ObjectPrompt(
         point_coords=np.zeros((1 if single else 2, 2)),
         point_labels=np.ones(1 if single else 2, int),
     )
     view = parts.View(
+        covered=torch.zeros(1, 1),
         image=np.zeros((32, 32, 3), np.uint8),
         prompts=(prompt,),
         teacher_prompts=(prompt,),
@@ -445,7 +448,8 @@ def test_a_plugin_takes_part_and_is_not_trained(small_sam):
 
 
 def branch_of(sam, plugin):
-    return wesam._Branch(wesam._with_lora(sam, config()), plugin, config()).stable_sam.parameters()
+    adapted = wesam._with_lora(sam, config())
+    return Branch(adapted, plugin, ba_sam=None, checkpointing=False).stable_sam.parameters()
 
 
 def test_features_are_those_of_the_objects_and_of_the_background():

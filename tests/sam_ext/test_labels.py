@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sam_ext.errors import DataError
-from sam_ext.training.weak import WeakObject
+from sam_ext.labels import LabelledObject
 
 MASK = np.zeros((4, 6), bool)
 MASK[1, 2] = True
@@ -16,7 +16,7 @@ def weak(**changes):
         "point_labels": np.zeros(0, int),
         "mask": None,
     }
-    return WeakObject(**(values | changes))
+    return LabelledObject(**(values | changes))
 
 
 def test_any_one_of_box_point_and_mask_is_enough():
