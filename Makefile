@@ -1,9 +1,11 @@
-# `make demo`, `make test` and `make bench` each do all their own set-up; `make` alone does it for the
-# demo.
+# `make demo`, `make test`, `make bench` and `make evaluate` each do all their own set-up; `make` alone
+# does it for the demo.
 #
 #   PYTHON=python3.12        the interpreter to use; otherwise the first of 3.10 to 3.13 that is found
 #   TORCH=… TORCHVISION=…    other builds, as pip requirements
-#   DEMO_ARGS=… PYTEST_ARGS=… BENCH_ARGS=…  arguments of `sam-ml-backend demo`, pytest, tests.bench
+#   DATA=/path [OUT=…]       for `make evaluate`: the folder of the sets, and where tables and plots go
+#   DEMO_ARGS=… PYTEST_ARGS=… BENCH_ARGS=… EVALUATE_ARGS=…  arguments of `sam-ml-backend demo`, pytest,
+#                            tests.bench, `sam_ext.evaluate all`
 
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
 TORCH := torch==2.13.0
@@ -20,7 +22,7 @@ APP_DONE := $(VENV)/.installed-app
 TEST_DONE := $(VENV)/.installed-test
 LABEL_STUDIO_DONE := $(LABEL_STUDIO_VENV)/.installed-$(subst =,,$(LABEL_STUDIO))
 
-.PHONY: setup demo test bench clean
+.PHONY: setup demo test bench evaluate clean
 .DELETE_ON_ERROR:
 
 setup: $(APP_DONE) $(LABEL_STUDIO_DONE)
@@ -36,6 +38,10 @@ test: $(TEST_DONE) $(LABEL_STUDIO_DONE)
 
 bench: $(TEST_DONE)
 	@$(VENV)/bin/python -m tests.bench $(BENCH_ARGS)
+
+evaluate: $(TEST_DONE)
+	$(if $(DATA),,$(error DATA must name the folder of the sets, got nothing; make evaluate DATA=/path))
+	@$(VENV)/bin/python -m sam_ext.evaluate all --data $(DATA) --out $(or $(OUT),evaluation) $(EVALUATE_ARGS)
 
 clean:
 	rm -rf $(VENV) $(LABEL_STUDIO_VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -185,7 +185,7 @@ def demo_label_config(output: str) -> str:
 
 def sample_images() -> list[Path]:
     """The images that come with the package."""
-    return sorted((Path(__file__).parent / "samples").glob("*.jpg"))
+    return sorted((Path(__file__).parent / "samples" / "images").glob("*.jpg"))
 
 
 def label_studio_child(
@@ -415,6 +415,7 @@ Ready.
   {"user":<17}{state.email}
   {"password":<17}{state.password}
 {projects}
+  {"status page":<17}http://127.0.0.1:{config.backend_port}
   {"logs":<17}{config.folder / "logs"}
 
 Open a task, switch Auto-Annotation on, choose keypoint or rectangle under Auto-Detect (the lowest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from sam_ext.errors import ConfigError
 from sam_ext.predictor import Embedding, ObjectPrompt, Predictor
 
-__all__ = ["AutomaticMask", "generate_masks", "non_maximum_suppression"]
+__all__ = ["AutomaticMask", "default_grid", "generate_masks", "non_maximum_suppression"]
 
 # Rows of the grid of points are decoded in turns, so that memory stays bounded.
 _POINTS_AT_ONCE = 64
@@ -37,6 +38,16 @@ class AutomaticMask:
     def area_px(self) -> int:
         """The number of the mask's pixels."""
         return int(self.mask.sum())
+
+
+def default_grid(train_side: int) -> dict[str, Any]:
+    """Choose arguments of `generate_masks` that suit a model trained on squares of so many pixels.
+
+    Its own thresholds were chosen with ViT-H; `tiny` is hardly ever as sure of a mask as that.
+    """
+    if train_side >= 1024:
+        return {}
+    return {"points_per_side": 16, "pred_iou_threshold": 0.6, "stability_threshold": 0.8}
 
 
 def generate_masks(

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import re
-import subprocess
 import tempfile
 import threading
 import time
@@ -23,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import requests
@@ -35,6 +31,7 @@ from ml_backend.settings import load_settings
 from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.config import MODELS
 from sam_ext.evaluate.common import box_prompt, print_rows
+from sam_ext.evaluate.records import machine_facts
 from sam_ext.predictor import Predictor
 from sam_ext.resolution import default_policy
 from sam_ext.sam import Sam, build_sam
@@ -294,26 +291,6 @@ def resident_mb(pid: int) -> float:
     own = int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return own + sum(resident_mb(int(child)) for child in children)
-
-
-def machine_facts() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = re.findall(r"model name\s+: (.+)", cpuinfo)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": commit.stdout.strip(),
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "bf16": [name for name in ("avx512_bf16", "amx_bf16") if name in cpuinfo],
-        "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def vit_b() -> Sam:

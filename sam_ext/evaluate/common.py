@@ -19,16 +19,18 @@ from sam_ext.checkpoints import load_sam, resolve_device
 from sam_ext.errors import ConfigError
 from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.resolution import default_policy
-from sam_ext.sam import Sam
+from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam
 from sam_ext.training.data import CocoFolder, Scene
 
 __all__ = [
     "add_data_arguments",
     "add_model_arguments",
+    "add_rows_argument",
     "box_prompt",
     "center_point",
     "chosen_images",
+    "measured_key",
     "new_figure",
     "object_masks",
     "open_folder",
@@ -37,8 +39,6 @@ __all__ = [
     "print_rows",
     "served_predictor",
 ]
-
-_TABLE_WIDTH = 120
 
 
 def center_point(mask: NDArray[Any]) -> NDArray[Any]:
@@ -102,6 +102,18 @@ def open_folder(options: argparse.Namespace) -> CocoFolder:
     )
 
 
+def measured_key(options: argparse.Namespace, sam: Sam) -> dict[str, Any]:
+    """Say what rows follow from, as `RowFile` takes it: the model, and what of the set is seen."""
+    return {
+        "model": weights_fingerprint(sam),
+        "dataset": options.data.name,
+        "split": options.split,
+        "primary": options.primary,
+        "limit": options.limit,
+        "seed": options.seed,
+    }
+
+
 def served_predictor(sam: Sam, stable_sam: StableSam | None) -> Predictor:
     """Make what the backend answers with by its default settings."""
     side = sam.image_encoder.img_size
@@ -115,12 +127,19 @@ def served_predictor(sam: Sam, stable_sam: StableSam | None) -> Predictor:
 
 
 def print_rows(rows: Sequence[Any]) -> None:
-    """Print rows, dataclasses of one kind, whole even where the terminal is narrow or none."""
-    table = Table(*asdict(rows[0]))
-    for row in rows:
-        table.add_row(*("" if v is None else str(v) for v in asdict(row).values()))
+    """Print rows, dataclasses of one kind, whole even where the terminal is narrow or none.
+
+    Columns that are None in all rows are left out.
+    """
+    content = [asdict(row) for row in rows]
+    columns = [name for name in content[0] if any(row[name] is not None for row in content)]
+    lines = [["" if row[name] is None else str(row[name]) for name in columns] for row in content]
+    table = Table(*columns)
+    for line in lines:
+        table.add_row(*line)
     console = Console()
-    console.width = max(console.width, _TABLE_WIDTH)
+    widths = [max(map(len, cells)) for cells in zip(columns, *lines, strict=True)]
+    console.width = max(console.width, sum(widths) + 3 * len(widths) + 1)
     console.print(table)
 
 
@@ -134,7 +153,8 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            "a plot must have matplotlib, got an environment without it; pip install matplotlib"
+            "a plot must have matplotlib, got an environment without it; "
+            "pip install 'sam-ml-backend[evaluate]'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -145,6 +165,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--weights-dir", type=Path, default=Path("data/weights"))
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="and as Markdown to this")
+
+
+def add_rows_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of tables that can go on where they stopped."""
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="keep rows here as they are measured, and measure only what is not there",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,9 +22,11 @@ from sam_ext.errors import ConfigError
 from sam_ext.evaluate.common import (
     add_data_arguments,
     add_model_arguments,
+    add_rows_argument,
     box_prompt,
     center_point,
     chosen_images,
+    measured_key,
     new_figure,
     object_masks,
     open_folder,
@@ -32,6 +34,7 @@ from sam_ext.evaluate.common import (
     points_prompt,
     served_predictor,
 )
+from sam_ext.evaluate.records import RowFile
 from sam_ext.interactive import Answer, CropPolicy, answer_prompts, default_crops, embed_once
 from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask, stability, tight_box
 from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
@@ -409,6 +412,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_model_arguments(parser)
     add_data_arguments(parser)
+    add_rows_argument(parser)
     parser.add_argument(
         "--prompts", type=_kinds, default=PROMPTS, metavar="KIND;...", help="; ".join(PROMPTS)
     )
@@ -457,7 +461,13 @@ def run(options: argparse.Namespace) -> list[PromptRow]:
         variants[f"{model} as served"] = _served(sam, list(plugins.values())[-1])
     else:
         variants[f"{model} as served"] = plain
-    rows = evaluate_prompts(
+    key = measured_key(options, sam) | {
+        "variants": {name: one.predictor.fingerprint for name, one in variants.items()},
+        "prompts": list(options.prompts),
+        "draws": options.draws,
+    }
+    measure = partial(
+        evaluate_prompts,
         variants,
         open_folder(options),
         dataset=options.data.name,
@@ -468,6 +478,9 @@ def run(options: argparse.Namespace) -> list[PromptRow]:
         seed=options.seed,
         sheet=sheet,
     )
+    # A contact sheet is drawn of the answers themselves, which no file of rows holds.
+    file = RowFile(options.rows if sheet is None else None, PromptRow)
+    rows = list(file.get(key, measure))
     if options.plot is not None:
         plot_prompts(rows, options.plot)
     if sheet is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,13 +17,16 @@ from sam_ext.ba_sam import DEFAULT_BA_SAM, BaSamConfig
 from sam_ext.evaluate.common import (
     add_data_arguments,
     add_model_arguments,
+    add_rows_argument,
     box_prompt,
     chosen_images,
+    measured_key,
     new_figure,
     object_masks,
     open_folder,
     open_model,
 )
+from sam_ext.evaluate.records import RowFile
 from sam_ext.image_encoder import Precision
 from sam_ext.metrics import boundary_iou, iou, tight_box
 from sam_ext.predictor import Embedding, ObjectMasks, ObjectPrompt, Predictor
@@ -180,6 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_model_arguments(parser)
     add_data_arguments(parser)
+    add_rows_argument(parser)
     parser.add_argument(
         "--sizes",
         type=_factors,
@@ -202,19 +208,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> list[ResolutionRow]:
     """Measure as the command line says."""
     sam = open_model(options)
-    rows = evaluate_resolution(
-        sam,
-        open_folder(options),
-        dataset=options.data.name,
-        split=options.split,
-        variants=ba_sam_variants(
-            Path(options.model).stem, BaSamConfig(bias=options.bias, beta=options.beta)
-        ),
-        factors=options.sizes,
-        limit=options.limit,
-        seed=options.seed,
-        precision=options.precision,
+    variants = ba_sam_variants(
+        Path(options.model).stem, BaSamConfig(bias=options.bias, beta=options.beta)
     )
+    file = RowFile(options.rows, ResolutionRow)
+    rows: list[ResolutionRow] = []
+    for factor, (name, ba_sam) in itertools.product(options.sizes, variants.items()):
+        key = measured_key(options, sam) | {
+            "variant": name,
+            "ba_sam": None if ba_sam is None else asdict(ba_sam),
+            "factor": factor,
+            "precision": options.precision,
+        }
+        measure = partial(
+            evaluate_resolution,
+            sam,
+            open_folder(options),
+            dataset=options.data.name,
+            split=options.split,
+            variants={name: ba_sam},
+            factors=(factor,),
+            limit=options.limit,
+            seed=options.seed,
+            precision=options.precision,
+        )
+        rows += file.get(key, measure)
     if options.plot is not None:
         plot_resolution(rows, options.plot)
     return rows

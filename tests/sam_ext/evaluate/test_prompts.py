@@ -8,6 +8,7 @@ import torch
 
 from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.errors import ConfigError
+from sam_ext.evaluate import prompts
 from sam_ext.evaluate.__main__ import main
 from sam_ext.evaluate.common import box_prompt, center_point, points_prompt
 from sam_ext.evaluate.prompts import PROMPTS, ContactSheet, Variant, evaluate_prompts
@@ -242,6 +243,30 @@ def test_the_command_measures_a_checkpoint_and_the_plugin_beside_it(
     for path in (plot, sheet):
         assert min(cv2.imread(str(path)).shape[:2]) > 100
     assert "box, noise 0.4" in capsys.readouterr().out
+
+
+def test_rows_in_a_file_are_not_measured_again(small_sam, folder, tmp_path, monkeypatch):
+    checkpoint, kept, sheet = (tmp_path / name for name in ("s.safetensors", "r.jsonl", "s.png"))
+    save_checkpoint(small_sam, checkpoint)
+    measured = []
+
+    def counting(*arguments, **options):
+        measured.append(options["limit"])
+        return evaluate_prompts(*arguments, **options)
+
+    monkeypatch.setattr(prompts, "evaluate_prompts", counting)
+    command = f"prompts --data {folder} --model {checkpoint} --device cpu --draws 1 --rows {kept}"
+    table = tmp_path / "table.md"
+    for limit, times in ((1, 1), (1, 1), (2, 2)):
+        main([*command.split(), "--limit", str(limit), "--markdown", str(table)])
+        assert len(measured) == times
+    assert table.read_text().startswith("| dataset | split | variant | prompt |")
+    stored = load_sam(str(checkpoint), weights_dir=tmp_path)
+    plugin = tmp_path / "s.stable.safetensors"
+    save_stable_sam(moved_plugin(), plugin, base=weights_fingerprint(stored))
+    for _ in range(2):  # a sheet is drawn of answers, which no file of rows holds
+        main([*command.split(), "--limit", "1", "--sheet", str(sheet)])
+    assert measured[2:] == [1, 1]
 
 
 def test_a_sheet_without_a_plugin_is_refused(small_sam, folder, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from sam_ext.ba_sam import BaSamConfig
 from sam_ext.checkpoints import load_sam, save_checkpoint
+from sam_ext.evaluate import resolution
 from sam_ext.evaluate.__main__ import main
 from sam_ext.evaluate.resolution import ba_sam_variants, evaluate_resolution
 from sam_ext.image_encoder import encode_image
@@ -136,6 +137,31 @@ def test_the_resolution_command_writes_its_rows_and_draws_them(small_sam, folder
     height, width, _ = cv2.imread(str(plot)).shape
     assert width > height > 100
     assert "small+factor+bias" in capsys.readouterr().out
+
+
+def test_rows_in_a_file_are_not_measured_again(small_sam, folder, tmp_path, monkeypatch):
+    checkpoint, kept, table = (tmp_path / name for name in ("s.safetensors", "r.jsonl", "t.md"))
+    save_checkpoint(small_sam, checkpoint)
+    measured = []
+
+    def counting(*arguments, **options):
+        measured.append((*options["factors"], *options["variants"]))
+        return evaluate_resolution(*arguments, **options)
+
+    monkeypatch.setattr(resolution, "evaluate_resolution", counting)
+    command = f"resolution --data {folder} --model {checkpoint} --device cpu --rows {kept}"
+    main([*command.split(), "--sizes", "1"])
+    assert len(measured) == len(set(measured)) == 4
+    main([*command.split(), "--sizes", "1,2", "--markdown", str(table)])
+    assert {factor for factor, _ in measured[4:]} == {2.0}
+    assert len(measured) == 8
+    for changed in ("--limit 1", "--beta 5", "--precision fp32"):
+        before = len(measured)
+        main([*command.split(), "--sizes", "1", *changed.split()])
+        assert len(measured) > before, changed
+    lines = table.read_text().splitlines()
+    assert lines[0].startswith("| dataset | split | variant | size | factor |")
+    assert len(lines) == 2 + 8
 
 
 @pytest.mark.parametrize("sizes", ["1,two", "0,1", ""])
