@@ -90,7 +90,7 @@ def test_the_projection_loss_is_the_papers(logits):
     boxes = torch.zeros(3, 4, 5, dtype=torch.bool)
     boxes[0, 1:3, 2:5] = True
     boxes[1, :, :1] = True
-    got = box_projection_loss(logits, boxes)
+    got = box_projection_loss(logits, boxes, slack=0)
     for mask, box, value in zip(logits.tolist(), boxes.tolist(), got.tolist(), strict=True):
         assert value == pytest.approx(reference.projection(mask, box, smooth=1), abs=1e-12)
 
@@ -102,6 +102,20 @@ def test_a_mask_that_touches_all_four_sides_projects_onto_its_box():
     cross[:, 3, 1:7] = 30.0
     cross[:, 2:6, 4] = 30.0
     cross[1, 3, 8] = 30.0  # reaches beyond
-    losses = box_projection_loss(cross, boxes)
-    assert losses[0].item() == pytest.approx(0, abs=1e-6)
-    assert losses[1] > 0.05
+    for slack in (0, 1):
+        losses = box_projection_loss(cross, boxes, slack=slack)
+        assert losses[0].item() == pytest.approx(0, abs=1e-6)
+        assert losses[1] > 0.05
+
+
+def test_on_the_sides_of_a_box_a_mask_may_end_a_pixel_earlier_or_later():
+    boxes = torch.zeros(3, 9, 9, dtype=torch.bool)
+    boxes[:, 2:7, 2:7] = True
+    masks = torch.full((3, 9, 9), -30.0)
+    masks[0, 3:6, 3:6] = 30.0
+    masks[1, 1:8, 1:8] = 30.0
+    masks[2, 4, 4] = 30.0  # two pixels short
+    strict, slack = (box_projection_loss(masks, boxes, slack=slack) for slack in (0, 1))
+    assert (strict > 0.1).all()
+    assert slack[:2].tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert slack[2] > 0.5
