@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import label_studio_ml.api
 import prometheus_client
@@ -43,7 +43,7 @@ from ml_backend.model import SamBackend, Service
 from ml_backend.models import ServedModel
 from ml_backend.prefetch import Prefetcher
 from ml_backend.registry import is_project_name
-from ml_backend.settings import Settings
+from ml_backend.settings import Settings, TrainMethod
 from ml_backend.triggers import handle_event, start_job
 from ml_backend.web.page import PAGE, add_status_page
 from ml_backend.web.recent_errors import RecentErrors
@@ -60,6 +60,8 @@ _POLLED_PATHS = ("/", "/health", "/metrics")
 # A batch carries the finished masks of every selected task.
 _MAX_BODY_BYTES = 512 * 2**20
 _MAX_REASON = 300
+# What extra params, as the Model page calls them, may say.
+_TRAIN_METHOD = "train_method"
 # What Label Studio understands of a job's state.
 _JOB_STATUS: dict[JobState, str] = {
     "queued": "queued",
@@ -117,6 +119,7 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
             known_size=lambda digest: engine.known_size(digest, models.predictors),
         ),
         client_for=connections.client_for,
+        method_for=connections.method_for,
         jobs=JobStore(settings.data_dir),
         queue=JobQueue(settings),
         prefetcher=Prefetcher(engine) if settings.sam_prefetch else None,
@@ -166,8 +169,9 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
         """
         name = _needed_project_in(project)
         extra_params = _extra_params_in(request.get_json().get("extra_params"))
-        if extra_params:
-            _log.warning("/setup: extra_params have no effect: %s", ", ".join(extra_params))
+        train_method = _train_method_in(extra_params)
+        if unknown := [name for name in extra_params if name != _TRAIN_METHOD]:
+            _log.warning("/setup: extra_params have no effect: %s", ", ".join(unknown))
         backend = SamBackend(_text_in("schema", label_config), service=self.service, project=name)
         address = _text_in("hostname", "" if hostname is None else hostname)
         if address and not address.startswith(("http://", "https://")):
@@ -179,6 +183,7 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
             name,
             hostname=address,
             access_token=_text_in("access_token", "" if access_token is None else access_token),
+            train_method=train_method,
         )
         return backend
 
@@ -226,7 +231,12 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
         _log.info("/webhook: %.60r", name)
         service = self.service
         return handle_event(
-            name, data, jobs=service.jobs, queue=service.queue, settings=service.settings
+            name,
+            data,
+            jobs=service.jobs,
+            queue=service.queue,
+            settings=service.settings,
+            method_for=service.method_for,
         )
 
     def train(
@@ -237,12 +247,9 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label-studio-ml ha
         Raises:
             BackendError: If one is under way, or it cannot be queued.
         """
-        return start_job(
-            _needed_project_in(project),
-            "start_training",
-            jobs=self.service.jobs,
-            queue=self.service.queue,
-        )
+        name, service = _needed_project_in(project), self.service
+        method = service.method_for(name)
+        return start_job(name, "start_training", method, jobs=service.jobs, queue=service.queue)
 
     def is_training(self, project: object) -> dict[str, Any]:
         """Say whether a project, or without one any, has a training under way."""
@@ -295,6 +302,7 @@ def _add_routes(app: Flask, service: Service) -> None:
             job_status=_JOB_STATUS[job.state],
             state=job.state,
             reason=job.reason,
+            method=job.method,
             progress=job.progress,
             created_at=job.created_at,
             started_at=job.started_at,
@@ -527,7 +535,20 @@ def _extra_params_in(value: object) -> dict[str, Any]:
             f"extra_params must be a JSON object or empty, got {str(value)[:100]!r}; change it on "
             "the project's Model page"
         )
-    return params
+    return {name.lower(): one for name, one in params.items()}
+
+
+def _train_method_in(extra_params: Mapping[str, Any]) -> TrainMethod | None:
+    """Read how a project is to be trained; None where nothing is said of it."""
+    value = extra_params.get(_TRAIN_METHOD)
+    known: tuple[TrainMethod, ...] = get_args(TrainMethod)
+    method = next((one for one in known if one == value), None)
+    if value is not None and method is None:
+        raise BadRequestError(
+            f"extra_params.{_TRAIN_METHOD} must be one of {', '.join(known)}, got "
+            f"{str(value)[:60]!r}; change it on the project's Model page"
+        )
+    return method
 
 
 def _kind_of(value: object) -> str:

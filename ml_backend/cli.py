@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from ml_backend.errors import BackendError
-from ml_backend.settings import Settings, load_settings
+from ml_backend.settings import Settings, TrainMethod, load_settings
 from sam_ext.config import MODELS
 from sam_ext.errors import SamExtError
 
@@ -113,8 +113,13 @@ def train(
     project: Annotated[int, typer.Option("--project", help="The number in the project's address.")],
     url: UrlOption = None,
     token: TokenOption = None,
+    method: Annotated[
+        TrainMethod | None,
+        typer.Option(help="How; if not given, as the project's Model page or TRAIN_METHOD says."),
+    ] = None,
 ) -> None:
     """Queue a training of a project, as its Start Training button does."""
+    from ml_backend.connections import Connections
     from ml_backend.jobs import JobQueue, JobStore
     from ml_backend.label_studio import LabelStudioClient, project_name
     from ml_backend.triggers import start_job
@@ -124,9 +129,10 @@ def train(
         settings = load_settings()
         name = project_name(LabelStudioClient(url, token).get_project(project))
         jobs, queue = JobStore(settings.data_dir), JobQueue(settings)
-        job = start_job(name, "command", jobs=jobs, queue=queue)
+        chosen = method or Connections(settings).method_for(name)
+        job = start_job(name, "command", chosen, jobs=jobs, queue=queue)
         queue.close()
-    typer.echo(f"Job {job.id} is queued: a training of project {name}.")
+    typer.echo(f"Job {job.id} is queued: a training of project {name}, method {chosen}.")
 
 
 def _download(settings: Settings) -> None:
@@ -245,15 +251,16 @@ def versions(project: VersionedProjectOption) -> None:
     with _errors_as_one_sentence():
         found = open_registry(load_settings()).find_project(project)
         activated = found.activated()
-        rows = [(0, "the base model", "")]
+        rows = [(0, "the base model", "", "")]
         for version in found.versions():
             added = datetime.fromtimestamp(version.created_at).strftime("%Y-%m-%d %H:%M")
-            rows.append((version.number, version.model_version, added))
+            method = str(version.manifest.get("method", ""))
+            rows.append((version.number, version.model_version, method, added))
     states = dict.fromkeys([number or 0 for number in activated[-2:-1]], "rollback returns to it")
     states[activated[-1] or 0] = "active"
-    table = Table("number", "version", "added", "", title=f"project {found.name}")
-    for number, name, added in rows:
-        table.add_row(str(number or ""), _escape(name), added, states.get(number))
+    table = Table("number", "version", "method", "added", "", title=f"project {found.name}")
+    for number, name, method, added in rows:
+        table.add_row(str(number or ""), _escape(name), _escape(method), added, states.get(number))
     Console().print(table)
 
 

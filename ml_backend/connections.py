@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ml_backend.label_studio import LabelStudioClient
 from ml_backend.registry import is_project_name
-from ml_backend.settings import Settings
+from ml_backend.settings import Settings, TrainMethod
 
 __all__ = ["Connections"]
 
@@ -30,9 +30,18 @@ class Connections:
         # Kept, because a client remembers the access token that it was given.
         self._client = lru_cache(maxsize=64)(LabelStudioClient)
 
-    def announce(self, project: str, *, hostname: str, access_token: str) -> None:
+    def announce(
+        self,
+        project: str,
+        *,
+        hostname: str,
+        access_token: str,
+        train_method: TrainMethod | None = None,
+    ) -> None:
         """Keep what /setup said about a project."""
         known = {"hostname": hostname, "access_token": access_token}
+        if train_method is not None:
+            known["train_method"] = train_method
         if self._announced(project) == known:
             return
         with tempfile.NamedTemporaryFile(  # which only this user may read
@@ -58,6 +67,12 @@ class Connections:
         key = self._settings.label_studio_api_key
         token = key.get_secret_value() if key is not None else announced.get("access_token")
         return self._client(base_url, token, announced_url=hostname)
+
+    def method_for(self, project: str) -> TrainMethod:
+        """Say how a project is to be trained: as its own extra params say, or else the settings."""
+        announced = self._announced(project).get("train_method")
+        known: tuple[TrainMethod, ...] = get_args(TrainMethod)
+        return next((one for one in known if one == announced), self._settings.train_method)
 
     def _announced(self, project: str) -> dict[str, str]:
         if not is_project_name(project):

@@ -28,6 +28,7 @@ from sam_ext.interactive import (
     default_refine,
 )
 from sam_ext.predictor import Crop, Embedding, ObjectMasks, ObjectPrompt, Predictor
+from sam_ext.prompt_free import Instance, answer_prompt_free
 
 __all__ = ["Engine"]
 
@@ -187,6 +188,15 @@ class Engine:
             pause=self._lanes.give_way,
             **self._automatic_options,
         ).result()
+
+    def prompt_free_masks(self, predictor: Predictor, embedding: Embedding) -> tuple[Instance, ...]:
+        """Find all things of the one kind that a model was trained to find without a prompt."""
+
+        def find() -> tuple[Instance, ...]:
+            self._lanes.give_way()
+            return answer_prompt_free(predictor, embedding).instances
+
+        return self._batches.submit(find).result()
 
     def close(self) -> None:
         """Finish what runs for an annotator, drop the rest, and end the lanes' threads."""

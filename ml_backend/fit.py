@@ -1,6 +1,7 @@
 """One training job: labels and images in, a version out that is served if it is better.
 
     snapshot   the annotated tasks as they are now, kept for going on after a stop
+    choose     by what the labels are, or as it was asked for, how to learn from them
     adapt      the base model learns from three quarters of them, and keeps how far it is
     judge      on the others, against what is served and against the base model
     publish    the version is added whole, and activated if it is better
@@ -45,10 +46,17 @@ from ml_backend.label_studio import (
     project_name,
     project_number,
 )
-from ml_backend.loading import ba_sam_config, load_base, load_plugin, make_predictor, model_name
+from ml_backend.loading import (
+    ba_sam_config,
+    load_base,
+    load_plugin,
+    load_version,
+    make_predictor,
+    model_name,
+)
 from ml_backend.registry import ProjectVersions, Registry, Version
 from ml_backend.settings import Settings
-from sam_ext.adapters import apply_adapter
+from sam_ext.adapters import AdapterMethod, save_adapter
 from sam_ext.errors import CheckpointError, SamExtError
 from sam_ext.interactive import (
     CropPolicy,
@@ -57,14 +65,16 @@ from sam_ext.interactive import (
     default_refine,
     embed_once,
 )
-from sam_ext.judging import JudgedImage, JudgedObject, Judgement, judge
-from sam_ext.lora import save_lora
+from sam_ext.judging import Judgement, judge
+from sam_ext.labels import LabelledImage, LabelledObject
 from sam_ext.metrics import tight_box
 from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam
-from sam_ext.training.weak import WeakImage, WeakObject
-from sam_ext.training.wesam import WesamConfig, WesamStep, adapt
+from sam_ext.training.choice import choose_method
+from sam_ext.training.finetune import FinetuneConfig, finetune
+from sam_ext.training.steps import TrainingStep
+from sam_ext.training.wesam import WesamConfig, adapt
 
 __all__ = ["Methods", "is_held_out", "run_job", "split_tasks"]
 
@@ -85,6 +95,7 @@ _PICTURE_OBJECTS = 40
 _CURVE_POINTS = 200
 _LITTLE_DISK_BYTES = 2**24
 _SEED = 0
+_PROMPT_FREE_CHANCE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +103,7 @@ class Methods:
     """What a job is done with; tests put simpler ones in their place."""
 
     adapt: Callable[..., Sam] = adapt
+    finetune: Callable[..., Sam] = finetune
     judge: Callable[..., Judgement] = judge
     sleep: Callable[[float], None] = time.sleep
 
@@ -104,12 +116,24 @@ class _EndError(Exception):
         self.state: JobState = state
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How a job learns."""
+
+    method: AdapterMethod
+    reason: str
+    """Why that one, part of a sentence."""
+    config: WesamConfig | FinetuneConfig
+    prompt_free_label: str | None = None
+    """What is learnt to be found without a prompt; None if nothing is."""
+
+
 class _StopError(Exception):
     """The worker was told to stop; the job goes on when it is back."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _LabelledImage:
+class _TaskImage:
     """One image of an annotated task, with what is known of it."""
 
     name: str
@@ -139,7 +163,7 @@ def run_job(
         images: Loads the tasks' images.
         client_for: Gives a project's Label Studio.
         should_stop: Asked after each step; then the job waits again, and can go on.
-        methods: What it is done with, if not with WeSAM.
+        methods: What it is done with, if not with `sam_ext`.
 
     Returns:
         The job as it is now: finished, or queued again after a stop.
@@ -255,25 +279,30 @@ class _Run:
         plugin = load_plugin(sam, self._settings)
         base = make_predictor(sam, self._settings, plugin)
         crops = default_crops(base.image_size) if self._settings.sam_crops else None
-        wesam = self._wesam_config(base)
+        way = self._way(labelled, learnt_from, base)
+        self._progress |= {"method": way.method, "method_reason": way.reason}
         self._say("learning")
-        adapted = self._adapt(sam, _weak_images(learnt_from), wesam, plugin)
+        adapted = self._adapt(sam, _labelled(learnt_from), way, plugin)
         adapter = self.folder / "adapter.safetensors"
-        save_lora(adapted, adapter, base=weights_fingerprint(sam))
+        is_prompt_free = way.prompt_free_label is not None
+        save_adapter(adapted, adapter, base=sam, method=way.method, prompt_free=is_prompt_free)
         del adapted
         self._require_config(client, number, config)
 
         self._state = "judging"
         self._say("judging")
         # What is judged is what would be served: the file, read as the service reads it.
-        candidate = make_predictor(apply_adapter(sam, adapter), self._settings, plugin)
-        served = self._served(sam, plugin) or base
+        candidate = load_version(sam, adapter, self._settings, plugin)
+        served, served_label = self._served(sam, plugin) or (base, None)
+        labels = {"candidate": way.prompt_free_label, "active": served_label}
         judgement = self._methods.judge(
             {"candidate": candidate, "active": served, "base": base},
-            _judged_images(judged_by),
+            _labelled(judged_by),
             crops=crops,
             margin=self._settings.train_margin,
             seed=_SEED,
+            most_objects=_JUDGED_OBJECTS,
+            prompt_free={name: label for name, label in labels.items() if label is not None},
             on_progress=self._on_judged,
         )
         pictures = _pictures(served, candidate, judged_by, crops=crops, check=self._check)
@@ -284,8 +313,12 @@ class _Run:
             judgement,
             pictures,
             {
+                "method": way.method,
+                "method_asked": self._job.method,
+                "method_reason": way.reason,
+                "prompt_free": {"label": way.prompt_free_label} if is_prompt_free else None,
                 "base": weights_fingerprint(sam),
-                "wesam": json.loads(json.dumps(dataclasses.asdict(wesam), default=str)),
+                "config": json.loads(json.dumps(dataclasses.asdict(way.config), default=str)),
                 "learnt_from": sorted({image.task_id for image in learnt_from}),
                 "judged_by": sorted({image.task_id for image in judged_by}),
                 "objects": sum(len(image.objects) for image in learnt_from),
@@ -296,16 +329,16 @@ class _Run:
     def _adapt(
         self,
         sam: Sam,
-        images: Sequence[WeakImage],
-        config: WesamConfig,
+        images: Sequence[LabelledImage],
+        way: _Way,
         plugin: StableSam | None,
     ) -> Sam:
         run_dir = self.folder / "adapt"
         adapt_here = partial(
-            self._methods.adapt,
+            self._methods.adapt if way.method == "wesam" else self._methods.finetune,
             sam,
             images,
-            config,
+            way.config,
             run_dir=run_dir,
             on_step=self._on_step,
             stable_sam=plugin,
@@ -340,7 +373,6 @@ class _Run:
     ) -> Version:
         manifest = {
             "model": model_name(self._settings),
-            "method": "wesam",
             "job": self._identity,
             "trigger": self._job.trigger,
             "promoted": judgement.promoted,
@@ -424,9 +456,7 @@ class _Run:
         temporary.write_text(json.dumps(snapshot))
         temporary.replace(path)
 
-    def _labelled_images(
-        self, snapshot: dict[str, Any], config: LabelConfig
-    ) -> list[_LabelledImage]:
+    def _labelled_images(self, snapshot: dict[str, Any], config: LabelConfig) -> list[_TaskImage]:
         """Load the images, and read what the labels say of them; one that fails is left out."""
         labelled, left_out, mask_bytes = [], [], 0
         self._say("loading the images")
@@ -456,7 +486,7 @@ class _Run:
                 if objects:
                     name = f"task {task['id']} {tag.name} {item_index or 0}"
                     labelled.append(
-                        _LabelledImage(
+                        _TaskImage(
                             name=name,
                             task_id=task["id"],
                             read=self._reader(one, tag.value_key, image),
@@ -469,8 +499,8 @@ class _Run:
         return labelled
 
     def _split(
-        self, labelled: Sequence[_LabelledImage], snapshot: Mapping[str, Any]
-    ) -> tuple[list[_LabelledImage], list[_LabelledImage]]:
+        self, labelled: Sequence[_TaskImage], snapshot: Mapping[str, Any]
+    ) -> tuple[list[_TaskImage], list[_TaskImage]]:
         task_ids = sorted({image.task_id for image in labelled})
         least = self._settings.train_min_tasks
         if len(task_ids) < least:
@@ -512,38 +542,79 @@ class _Run:
     def _load(self, task: Mapping[str, Any], value_key: str) -> LoadedImage:
         return self._patiently(lambda: self._images.load(task, value_key))
 
-    def _wesam_config(self, base: Predictor) -> WesamConfig:
-        return WesamConfig(
-            steps=self._settings.train_steps or None,
-            policy=base.policy,
-            ba_sam=ba_sam_config(self._settings, base.image_size),
-            precision=self._settings.sam_precision,
-            gradient_checkpointing=base.image_size >= 1024,
-            crop_chance=WesamConfig.crop_chance if self._settings.sam_crops else 0.0,
-            seed=_SEED,
+    def _way(
+        self, labelled: Sequence[_TaskImage], learnt_from: Sequence[_TaskImage], base: Predictor
+    ) -> _Way:
+        """Choose how to learn, as it was asked for, or by what the labels are.
+
+        Raises:
+            _EndError: If it was asked for full masks to be learnt from, and there are none.
+        """
+        objects = [one for image in learnt_from for one in image.objects]
+        masks = sum(one.mask is not None for one in objects)
+        complete = [all(one.mask is not None for one in image.objects) for image in learnt_from]
+        asked = self._job.method
+        if asked == "auto":
+            method, reason = choose_method(
+                images=len(learnt_from), complete=sum(complete), objects=len(objects), masks=masks
+            )
+        elif asked != "wesam" and not masks:
+            raise _EndError(
+                "rejected",
+                f"the method {asked} must have full masks to learn from, got none in "
+                f"{len(learnt_from)} images: brush or outline some objects, or train with wesam",
+            )
+        else:
+            method = asked
+            reason = f"it was asked for; {masks} of {len(objects)} objects have a full mask"
+        shared: dict[str, Any] = {
+            "steps": self._settings.train_steps or None,
+            "ba_sam": ba_sam_config(self._settings, base.image_size),
+            "precision": self._settings.sam_precision,
+            "gradient_checkpointing": base.image_size >= 1024,
+            "seed": _SEED,
+        } | ({} if self._settings.sam_crops else {"crop_chance": 0.0})
+        if method == "wesam":
+            config = WesamConfig(policy=base.policy, **shared)
+            return _Way(method=method, reason=reason, config=config)
+        labels = {one.label for image in labelled for one in image.objects}
+        can_find = len(labels) == 1 and 2 * sum(complete) >= len(complete)
+        return _Way(
+            method=method,
+            reason=reason,
+            config=FinetuneConfig(
+                method=method,
+                policies=(base.policy,),
+                prompt_free_chance=_PROMPT_FREE_CHANCE if can_find else 0.0,
+                **shared,
+            ),
+            prompt_free_label=labels.pop() if can_find else None,
         )
 
-    def _served(self, sam: Sam, plugin: Any) -> Predictor | None:
-        """Give what the project is served with; None for the base, also if it cannot be loaded."""
+    def _served(self, sam: Sam, plugin: StableSam | None) -> tuple[Predictor, str | None] | None:
+        """Give what the project is served with, and what that finds without prompts.
+
+        None for the base model, also if the version cannot be loaded.
+        """
         try:
             active = self._versions.active()
             if active is None:
                 return None
             active.check()
-            return make_predictor(apply_adapter(sam, active.adapter), self._settings, plugin)
+            predictor = load_version(sam, active.adapter, self._settings, plugin)
         except (BackendError, SamExtError) as error:
             _log.warning("job %d judges against the base model alone: %s", self._job.id, error)
             return None
+        return predictor, active.prompt_free_label
 
-    def _on_step(self, step: WesamStep) -> None:
+    def _on_step(self, step: TrainingStep) -> None:
         losses = {name: _finite(value) for name, value in step.losses.items()}
         earlier = [one for one in self._progress.get("curve", []) if one["step"] < step.step]
         if len(earlier) >= _CURVE_POINTS:
             earlier = earlier[::2]
         gap = earlier[-1]["step"] - earlier[-2]["step"] if len(earlier) > 1 else 1
         is_due = not earlier or step.step - earlier[-1]["step"] >= gap or step.step == step.steps
-        self._progress = {
-            "phase": "learning",
+        self._progress |= {
             "step": step.step,
             "steps": step.steps,
             "losses": losses,
@@ -622,13 +693,14 @@ def _without_mask(one: SupervisedObject) -> SupervisedObject:
     return dataclasses.replace(one, mask=None, box_xyxy=box)
 
 
-def _weak_images(images: Sequence[_LabelledImage]) -> list[WeakImage]:
+def _labelled(images: Sequence[_TaskImage]) -> list[LabelledImage]:
+    """Describe images to `sam_ext`."""
     return [
-        WeakImage(
+        LabelledImage(
             name=image.name,
             read=image.read,
             objects=tuple(
-                WeakObject(
+                LabelledObject(
                     label=one.label,
                     box_xyxy=one.box_xyxy,
                     point_coords=one.point_coords,
@@ -642,30 +714,10 @@ def _weak_images(images: Sequence[_LabelledImage]) -> list[WeakImage]:
     ]
 
 
-def _judged_images(images: Sequence[_LabelledImage]) -> list[JudgedImage]:
-    return [
-        JudgedImage(
-            name=image.name,
-            read=image.read,
-            objects=tuple(
-                JudgedObject(
-                    label=one.label,
-                    mask=one.mask,
-                    box_xyxy=one.box_xyxy,
-                    point_coords=one.point_coords,
-                    point_labels=one.point_labels,
-                )
-                for one in image.objects[:: -(-len(image.objects) // _JUDGED_OBJECTS)]
-            ),
-        )
-        for image in images
-    ]
-
-
 def _pictures(
     before: Predictor,
     after: Predictor,
-    images: Sequence[_LabelledImage],
+    images: Sequence[_TaskImage],
     *,
     crops: CropPolicy | None,
     check: Callable[[], None],

@@ -23,7 +23,7 @@ from huey.exceptions import HueyException
 from redis.exceptions import RedisError
 
 from ml_backend.errors import JobExistsError, JobNotFoundError, JobsUnavailableError
-from ml_backend.settings import Settings
+from ml_backend.settings import Settings, TrainMethod
 
 __all__ = ["UNFINISHED", "Job", "JobQueue", "JobState", "JobStore", "Trigger"]
 
@@ -37,6 +37,7 @@ _BUSY_S = 5.0
 _STALLED_ATTEMPTS = 3
 _IDLE_POLL_S = 2.0  # a queue in a file is looked at, it does not call
 
+_METHOD_COLUMN = "method TEXT NOT NULL DEFAULT 'auto'"
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -53,7 +54,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     version INTEGER,
     best_step INTEGER NOT NULL DEFAULT 0,
     step_at_start INTEGER NOT NULL DEFAULT 0,
-    stalled INTEGER NOT NULL DEFAULT 0
+    stalled INTEGER NOT NULL DEFAULT 0,
+    {_METHOD_COLUMN}
 );
 CREATE UNIQUE INDEX IF NOT EXISTS one_unfinished ON jobs (project) WHERE state IN {UNFINISHED};
 CREATE TABLE IF NOT EXISTS annotations (
@@ -74,6 +76,8 @@ class Job:
     """The project as Label Studio names it: `1.1795194739`."""
     trigger: Trigger
     """What asked for it: the button, a number of annotations, or the command line."""
+    method: TrainMethod
+    """How it was asked to be done; `progress` says what `auto` came to."""
     state: JobState
     reason: str
     """Why it ended as it did, one sentence; empty before."""
@@ -84,8 +88,9 @@ class Job:
     attempt: int
     """How often it was begun; more than once after the worker was stopped in the middle."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """`phase` in words, `step`, `steps`, `losses` by name, `eta_s`, `curve` with the losses of some
-    of the steps, then `judged` and `to_judge`, images; what is not known yet is not there."""
+    """`phase` in words, `method` and `method_reason`, `step`, `steps`, `losses` by name, `eta_s`,
+    `curve` with the losses of some of the steps, then `judged` and `to_judge`, images; what is not
+    known yet is not there."""
     cancel_requested: bool
     version: int | None
     """The version that it made, also where that one was not promoted."""
@@ -116,8 +121,11 @@ class JobStore:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")  # safe with that journal
             connection.executescript(_SCHEMA)
+            columns = connection.execute("PRAGMA table_info(jobs)").fetchall()
+            if "method" not in {column["name"] for column in columns}:  # of an earlier version
+                connection.execute(f"ALTER TABLE jobs ADD COLUMN {_METHOD_COLUMN}")
 
-    def create(self, project: str, trigger: Trigger) -> Job:
+    def create(self, project: str, trigger: Trigger, method: TrainMethod = "auto") -> Job:
         """Note a new job, queued.
 
         Raises:
@@ -126,9 +134,9 @@ class JobStore:
         with self._connection() as connection:
             try:
                 number = connection.execute(
-                    "INSERT INTO jobs (project, trigger, state, created_at) "
-                    "VALUES (?, ?, 'queued', ?)",
-                    (project, trigger, time.time()),
+                    "INSERT INTO jobs (project, trigger, method, state, created_at) "
+                    "VALUES (?, ?, ?, 'queued', ?)",
+                    (project, trigger, method, time.time()),
                 ).lastrowid
             except sqlite3.IntegrityError:
                 number = None
@@ -136,7 +144,7 @@ class JobStore:
             return self.get(number)
         running = self.unfinished(project)
         if running is None:  # it ended just now
-            return self.create(project, trigger)
+            return self.create(project, trigger, method)
         raise JobExistsError(
             f"project {project} must have no other job under way, got job {running.id} "
             f"({running.state}); wait for its end, or cancel it",
@@ -345,6 +353,7 @@ def _job(row: sqlite3.Row) -> Job:
         id=row["id"],
         project=row["project"],
         trigger=row["trigger"],
+        method=row["method"],
         state=row["state"],
         reason=row["reason"],
         created_at=row["created_at"],

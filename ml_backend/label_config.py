@@ -142,6 +142,19 @@ class LabelConfig:
             chosen += (fitting or same)[:1]
         return tuple(chosen)
 
+    def can_carry(self, image_name: str, *, label: str) -> bool:
+        """Say whether a mask on this image can be answered with a label; the empty one is none."""
+        kinds = {control.kind for control in self._controls_of(image_name)}
+        labelled = (*_OUTPUTS, "labels")
+        return not kinds.isdisjoint(_OUTPUTS) and (
+            not label
+            or any(
+                self.resolve_label(control, label) is not None
+                for control in self._controls_of(image_name)
+                if control.kind in labelled
+            )
+        )
+
     def labels_tag_for(self, image_name: str, *, labels: Sequence[str]) -> Control | None:
         """Choose the `<Labels>` tag that labels what a tag without labels drew.
 

@@ -11,7 +11,7 @@ from ml_backend.embeddings import EmbeddingStore
 from ml_backend.models import Models, ServedModel
 from ml_backend.registry import VERSION_PREFIX, Registry, Version
 from ml_backend.settings import Settings
-from sam_ext.adapters import apply_adapter
+from sam_ext.adapters import load_adapter
 from sam_ext.ba_sam import DEFAULT_BA_SAM, BaSamConfig, default_ba_sam
 from sam_ext.checkpoints import find_stable_sam, load_sam, resolve_device
 from sam_ext.config import MODELS
@@ -27,6 +27,7 @@ __all__ = [
     "load_models",
     "load_plugin",
     "load_predictor",
+    "load_version",
     "make_predictor",
     "model_name",
     "open_registry",
@@ -88,13 +89,45 @@ def load_plugin(sam: Sam, settings: Settings) -> StableSam | None:
     return None
 
 
-def make_predictor(sam: Sam, settings: Settings, stable_sam: StableSam | None) -> Predictor:
-    """Make the predictor of a model, the base or an adapted one, as the settings say."""
+def load_version(
+    sam: Sam, adapter: Path, settings: Settings, stable_sam: StableSam | None
+) -> Predictor:
+    """Make the predictor of a version.
+
+    Args:
+        sam: What `load_base` gave; it is not changed.
+        adapter: The version's file; a plugin and settings in it come first.
+        settings: How the service is set up.
+        stable_sam: What `load_plugin` gave.
+
+    Raises:
+        CheckpointError: If the file is damaged, or belongs to another model.
+    """
+    adapted = load_adapter(sam, adapter)
+    plugin = adapted.stable_sam or stable_sam
+    return make_predictor(adapted.sam, settings, plugin, ba_sam=adapted.ba_sam)
+
+
+def make_predictor(
+    sam: Sam,
+    settings: Settings,
+    stable_sam: StableSam | None,
+    *,
+    ba_sam: BaSamConfig | None = None,
+) -> Predictor:
+    """Make the predictor of a model, the base or an adapted one, as the settings say.
+
+    Args:
+        sam: The model.
+        settings: How the service is set up.
+        stable_sam: The plugin, if there is one.
+        ba_sam: Instead of what the settings say.
+    """
     side: int = sam.image_encoder.img_size
     policy = resolution_policy(settings.sam_resolution, side)
     return Predictor(
         sam,
-        ba_sam=ba_sam_config(settings, side),
+        ba_sam=ba_sam or ba_sam_config(settings, side),
         policy=replace(policy, pad_to=_COMPILED_PAD_TO) if settings.sam_compile else policy,
         precision=settings.sam_precision,
         stable_sam=stable_sam,
@@ -147,7 +180,7 @@ def load_models(
         predictor = make_predictor(base(), settings, plugin())
 
     def load(version: Version) -> Predictor:
-        adapted = make_predictor(apply_adapter(base(), version.adapter), settings, plugin())
+        adapted = load_version(base(), version.adapter, settings, plugin())
         if store is not None:
             store.belongs_to(adapted.embedding_fingerprint, version.folder)
         return adapted

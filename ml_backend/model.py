@@ -20,7 +20,13 @@ from ml_backend.convert.prompts import (
 )
 from ml_backend.convert.regions import regions_from_mask
 from ml_backend.engine import Engine
-from ml_backend.errors import BackendError, BadRequestError, ImageAddressError, OverloadedError
+from ml_backend.errors import (
+    BackendError,
+    BadRequestError,
+    ImageAddressError,
+    LabelConfigError,
+    OverloadedError,
+)
 from ml_backend.images import ImageLoader, LoadedImage
 from ml_backend.jobs import JobQueue, JobStore
 from ml_backend.label_config import LabelConfig, parse_label_config
@@ -29,7 +35,7 @@ from ml_backend.lanes import Priority
 from ml_backend.models import Models, ServedModel
 from ml_backend.prefetch import Prefetcher
 from ml_backend.registry import VERSION_PREFIX, Registry
-from ml_backend.settings import Settings
+from ml_backend.settings import Settings, TrainMethod
 from ml_backend.triggers import start_job
 from sam_ext.errors import PromptError
 from sam_ext.predictor import ObjectPrompt, Predictor
@@ -60,6 +66,8 @@ class Service:
     images: ImageLoader
     client_for: Callable[[Task], LabelStudioClient | None]
     """Gives the Label Studio that a task came from, by the task's `project`."""
+    method_for: Callable[[str], TrainMethod]
+    """Says how a project is to be trained."""
     jobs: JobStore
     queue: JobQueue
     prefetcher: Prefetcher | None = None
@@ -98,7 +106,10 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
     @cached_property
     def _model(self) -> ServedModel:
         """What answers all of this request; asked for when there is something to answer."""
-        model = self._service.models.for_project(self._project)
+        return self._chosen()
+
+    def _chosen(self, *, wait: bool = False) -> ServedModel:
+        model = self._service.models.for_project(self._project, wait=wait)
         self.model_version = model.model_version
         return model
 
@@ -155,8 +166,15 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
         """
         if self._project is None:
             raise BadRequestError("project must be a project's name to train it, got none")
-        jobs, queue = self._service.jobs, self._service.queue
-        return {"job": start_job(self._project, "start_training", jobs=jobs, queue=queue).id}
+        service = self._service
+        job = start_job(
+            self._project,
+            "start_training",
+            service.method_for(self._project),
+            jobs=service.jobs,
+            queue=service.queue,
+        )
+        return {"job": job.id}
 
     def _predict_batch(self, tasks: Sequence[Task]) -> list[Prediction]:
         predictions: list[Prediction] = []
@@ -214,6 +232,14 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             if read(_ANY_SIZE):
                 with self._service.engine.admitted():
                     return self._answer(task, read, Priority.BATCH)
+        # Asked without the model, which may have to be loaded.
+        if self._service.models.prompt_free_label_of(self._project) is not None:
+            with self._service.engine.admitted():
+                if self._model.prompt_free_label is None:  # it is the version before it as yet
+                    self._model = self._chosen(wait=True)
+                label = self._model.prompt_free_label
+                if label is not None:
+                    return self._prompt_free_answer(task, label)
         if self._service.settings.sam_automatic:
             with self._service.engine.admitted():
                 return self._automatic_answer(task)
@@ -257,25 +283,63 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             except PromptError as error:
                 raise BadRequestError(f"the drawing is no prompt: {error}") from error
             for one, answer in zip(part, answers, strict=True):
+                # How far Stable-SAM's plugin took part; Label Studio keeps it.
+                routing = answer.candidates.routing
                 regions += self._regions_of(
                     answer.mask,
                     image_name=one.image_name,
                     item_index=one.item_index,
                     labels=one.labels,
                     score=answer.iou_prediction,
-                    routing=answer.candidates.routing,
+                    meta=None if routing is None else {"routing": round(routing, 3)},
                 )
         return regions
+
+    def _prompt_free_answer(self, task: Task, label: str) -> list[Region]:
+        """Answer with everything that the project's version takes for one of its label."""
+        names = [one.name for one in self._config.images]
+        names = [name for name in names if self._config.can_carry(name, label=label)]
+        if not names:
+            raise LabelConfigError(
+                f"the labelling config must have a tag to answer {label!r} into, which "
+                f"{self.model_version} finds without prompts, got none; train again, or roll back"
+            )
+        regions: list[Region] = []
+        engine, predictor = self._service.engine, self._model.predictor
+        for name, item_index in self._places(task):
+            if name in names:
+                image = self._load(task, name, item_index)
+                embedding = engine.embed(predictor, image, priority=Priority.BATCH)
+                for found in engine.prompt_free_masks(predictor, embedding):
+                    regions += self._regions_of(
+                        found.mask,
+                        image_name=name,
+                        item_index=item_index,
+                        labels=[label] if label else [],
+                        score=found.score,
+                        meta={"prompt_free": True},
+                    )
+        return regions
+
+    def _places(self, task: Task) -> Iterator[tuple[str, int | None]]:
+        """Name a task's images, those of a list one by one."""
+        data = task.get("data")
+        for tag in self._config.images:
+            addresses = data.get(tag.value_key) if isinstance(data, Mapping) else None
+            if tag.is_list and isinstance(addresses, list):
+                yield from ((tag.name, index) for index in range(len(addresses)))
+            else:
+                yield tag.name, None
 
     def _automatic_answer(self, task: Task) -> list[Region]:
         regions: list[Region] = []
         engine, predictor = self._service.engine, self._model.predictor
-        for tag in self._config.images:
-            image = self._load(task, tag.name, None)
+        for name, item_index in self._places(task):
+            image = self._load(task, name, item_index)
             embedding = engine.embed(predictor, image, priority=Priority.BATCH)
             for found in engine.automatic_masks(predictor, embedding):
                 regions += self._regions_of(
-                    found.mask, image_name=tag.name, score=found.iou_prediction
+                    found.mask, image_name=name, item_index=item_index, score=found.iou_prediction
                 )
         return regions
 
@@ -287,7 +351,7 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
         score: float,
         labels: Sequence[str] = (),
         item_index: int | None = None,
-        routing: float | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> list[Region]:
         settings = self._service.settings
         regions = regions_from_mask(
@@ -302,9 +366,9 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             tolerance_px=settings.sam_polygon_tolerance_px,
             item_index=item_index,
         )
-        if routing is not None:  # how far Stable-SAM's plugin took part; Label Studio keeps it
+        if meta is not None:
             for region in regions:
-                region["meta"] = {"routing": round(routing, 3)}
+                region["meta"] = dict(meta)
         return regions
 
     def _prediction(self, regions: list[Region]) -> dict[str, Any] | None:

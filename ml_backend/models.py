@@ -31,6 +31,8 @@ class ServedModel:
 
     predictor: Predictor
     model_version: str
+    prompt_free_label: str | None = None
+    """What it finds without any prompt (`Version.prompt_free_label`)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +45,7 @@ class _Choice:
     pointer: bytes
     key: _Key
     model_version: str
+    prompt_free_label: str | None
 
 
 class Models:
@@ -101,11 +104,12 @@ class Models:
             models = [*reversed(self._loaded.values()), self.base]
         return [model.predictor for model in models]
 
-    def for_project(self, name: str | None) -> ServedModel:
+    def for_project(self, name: str | None, *, wait: bool = False) -> ServedModel:
         """Give the model that a project is served now.
 
         Args:
             name: The project's name; None gets the base model.
+            wait: For a new version while it is loaded, rather than be given the one before it.
         """
         if name is None:
             return self.base
@@ -123,7 +127,7 @@ class Models:
         chosen = self._choose_at_once(project, pointer)
         if chosen is None:
             choosing = self._choose_in_the_background(project, pointer)
-            chosen = choosing.result() if served is None else served
+            chosen = choosing.result() if served is None or wait else served
         return chosen
 
     def version_of(self, name: str | None) -> str:
@@ -132,18 +136,31 @@ class Models:
         Args:
             name: The project's name; None gets the base model.
         """
+        return self._announced(name)[0]
+
+    def prompt_free_label_of(self, name: str | None) -> str | None:
+        """Say what that model finds without any prompt, without loading it.
+
+        Args:
+            name: The project's name; None gets the base model.
+        """
+        return self._announced(name)[1]
+
+    def _announced(self, name: str | None) -> tuple[str, str | None]:
+        base = self.base.model_version, self.base.prompt_free_label
         if name is None:
-            return self.base.model_version
+            return base
         project = self._registry.project(name)
         with self._lock:
             choice = self._choices.get(name)
         if choice is not None and choice.pointer == _pointer_of(project):
-            return choice.model_version  # which is not the active one if that cannot be loaded
+            # Which is not the active one if that cannot be loaded.
+            return choice.model_version, choice.prompt_free_label
         try:
             version = project.active()
         except RegistryError:
             version = None
-        return self.base.model_version if version is None else version.model_version
+        return base if version is None else (version.model_version, version.prompt_free_label)
 
     def close(self) -> None:
         """End the thread; what it loads is finished."""
@@ -223,7 +240,9 @@ class Models:
                 return known
         version.check()
         model = ServedModel(
-            predictor=self._load_version(version), model_version=version.model_version
+            predictor=self._load_version(version),
+            model_version=version.model_version,
+            prompt_free_label=version.prompt_free_label,
         )
         with self._lock:
             self._loaded[key] = model
@@ -237,7 +256,12 @@ class Models:
     ) -> None:
         """Remember what a project is served; the lock is held."""
         name = project.name
-        self._choices[name] = _Choice(pointer=pointer, key=key, model_version=model.model_version)
+        self._choices[name] = _Choice(
+            pointer=pointer,
+            key=key,
+            model_version=model.model_version,
+            prompt_free_label=model.prompt_free_label,
+        )
         self._choices.move_to_end(name)
         if len(self._choices) > _PROJECTS_KEPT:
             self._choices.popitem(last=False)

@@ -65,6 +65,16 @@ class Version:
     created_at: float
     """When it was added, in seconds since 1970."""
 
+    @property
+    def prompt_free_label(self) -> str | None:
+        """What it finds in an image without any prompt: a label, empty where the project has none.
+
+        None for a version that was not trained to.
+        """
+        mode = self.manifest.get("prompt_free")
+        label = mode.get("label") if isinstance(mode, Mapping) else None
+        return label if isinstance(label, str) else None
+
     def check(self) -> None:
         """See that the adapter is the file that was added.
 

@@ -22,10 +22,11 @@ from pydantic_core import ErrorDetails
 
 from ml_backend.errors import SettingsError
 
-__all__ = ["Output", "Precision", "Settings", "load_settings"]
+__all__ = ["Output", "Precision", "Settings", "TrainMethod", "load_settings"]
 
 Output = Literal["brush", "polygon", "rectangle"]
 Precision = Literal["auto", "bf16", "fp32"]
+TrainMethod = Literal["auto", "wesam", "sam-adapter", "lora"]
 
 _THREADS_KEPT_FREE = 4
 _RESOLUTION = re.compile(
@@ -110,6 +111,10 @@ class Settings(BaseModel):
     queue_url: SecretStr | None = None
     """`redis://…`: training jobs go through that Redis, which nobody else may write to; unset:
     through a file in `DATA_DIR`."""
+    train_method: TrainMethod = "auto"
+    """How projects are trained: `wesam` learns from boxes, points and rough masks, `sam-adapter`
+    and `lora` from full masks; `auto` chooses by what the labels are. A project's own
+    `train_method` in the model's extra params comes first."""
     train_every: int = Field(default=0, ge=0)
     """Train after so many new or changed annotations of a project; 0: only when asked to."""
     train_debounce_s: float = Field(default=60.0, ge=0)

@@ -6,13 +6,14 @@ second, and an annotator's Save with it: nothing is loaded here, and Label Studi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_backend.errors import BadRequestError, JobExistsError, JobsUnavailableError
 from ml_backend.jobs import Job, JobQueue, JobStore, Trigger
 from ml_backend.label_studio import project_name
-from ml_backend.settings import Settings
+from ml_backend.settings import Settings, TrainMethod
 
 __all__ = ["handle_event", "start_job"]
 
@@ -20,7 +21,13 @@ _ANNOTATED = ("ANNOTATION_CREATED", "ANNOTATION_UPDATED")
 
 
 def handle_event(
-    event: str, data: Mapping[str, Any], *, jobs: JobStore, queue: JobQueue, settings: Settings
+    event: str,
+    data: Mapping[str, Any],
+    *,
+    jobs: JobStore,
+    queue: JobQueue,
+    settings: Settings,
+    method_for: Callable[[str], TrainMethod],
 ) -> dict[str, Any]:
     """Take note of an event.
 
@@ -30,6 +37,7 @@ def handle_event(
         jobs: Where a job is noted.
         queue: What wakes the worker.
         settings: After how many annotations a job is due.
+        method_for: Says how a project is to be trained.
 
     Returns:
         `{"job": <its number>}` if a job was queued, which is what Label Studio reads; else `{}`.
@@ -40,22 +48,37 @@ def handle_event(
         JobsUnavailableError: If the job could not be queued; it is noted as failed.
     """
     if event == "START_TRAINING":
-        job = start_job(_project_in(data), "start_training", jobs=jobs, queue=queue)
-        return {"job": job.id}
+        project = _project_in(data)
+        method = method_for(project)
+        return {"job": start_job(project, "start_training", method, jobs=jobs, queue=queue).id}
     if event in _ANNOTATED and settings.train_every:
-        due = _annotated(_project_in(data), data, jobs=jobs, queue=queue, settings=settings)
-        return {} if due is None else {"job": due.id}
+        project = _project_in(data)
+        if _is_due(project, data, jobs=jobs, settings=settings):
+            method, delay_s = method_for(project), settings.train_debounce_s
+            # Otherwise another annotator's was faster.
+            with contextlib.suppress(JobExistsError):
+                job = start_job(
+                    project, "annotations", method, jobs=jobs, queue=queue, delay_s=delay_s
+                )
+                return {"job": job.id}
     return {}
 
 
 def start_job(
-    project: str, trigger: Trigger, *, jobs: JobStore, queue: JobQueue, delay_s: float = 0.0
+    project: str,
+    trigger: Trigger,
+    method: TrainMethod,
+    *,
+    jobs: JobStore,
+    queue: JobQueue,
+    delay_s: float = 0.0,
 ) -> Job:
     """Note a job and queue it.
 
     Args:
         project: The project as Label Studio names it.
         trigger: What asks for it.
+        method: How it is to be done.
         jobs: Where it is noted.
         queue: What wakes the worker.
         delay_s: It begins no sooner.
@@ -64,7 +87,7 @@ def start_job(
         JobExistsError: If the project has a job under way.
         JobsUnavailableError: If it could not be queued; it is noted as failed.
     """
-    job = jobs.create(project, trigger)
+    job = jobs.create(project, trigger, method)
     try:
         queue.put(job.id, delay_s=delay_s)
     except JobsUnavailableError as error:
@@ -73,14 +96,8 @@ def start_job(
     return job
 
 
-def _annotated(
-    project: str,
-    data: Mapping[str, Any],
-    *,
-    jobs: JobStore,
-    queue: JobQueue,
-    settings: Settings,
-) -> Job | None:
+def _is_due(project: str, data: Mapping[str, Any], *, jobs: JobStore, settings: Settings) -> bool:
+    """Count an annotation, and say whether there are enough of them now."""
     annotation = data.get("annotation")
     number = annotation.get("id") if isinstance(annotation, Mapping) else None
     if not isinstance(annotation, Mapping) or not isinstance(number, int):
@@ -89,15 +106,8 @@ def _annotated(
             "event as Label Studio does"
         )
     if annotation.get("was_cancelled"):
-        return None
-    noted = jobs.note_annotation(project, number)
-    if noted < settings.train_every:
-        return None
-    delay_s = settings.train_debounce_s
-    try:
-        return start_job(project, "annotations", jobs=jobs, queue=queue, delay_s=delay_s)
-    except JobExistsError:  # another annotator's was faster
-        return None
+        return False
+    return jobs.note_annotation(project, number) >= settings.train_every
 
 
 def _project_in(data: Mapping[str, Any]) -> str:

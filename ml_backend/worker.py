@@ -94,7 +94,7 @@ class Worker:
             settings: The service's.
             stop: Set from outside to end the job under way after its step; set from here if
                 there is no going on.
-            methods: What jobs are done with, if not with WeSAM.
+            methods: What jobs are done with, if not with `sam_ext`.
         """
         self.jobs = JobStore(settings.data_dir)
         self.queue = JobQueue(settings)

@@ -59,9 +59,21 @@ _TRIGGERS = {
     "annotations": "enough new annotations",
     "command": "the command line",
 }
-_PROMPTS = {"tight box": "exact box", "jittered box": "sloppy box", "point": "one click"}
+_METHODS = {
+    "auto": "auto, by what the labels are",
+    "wesam": "WeSAM",
+    "sam-adapter": "SAM-Adapter",
+    "lora": "LoRA",
+}
+_PROMPTS = {
+    "tight box": "exact box",
+    "jittered box": "sloppy box",
+    "point": "one click",
+    "nothing": "no prompt",
+}
 _MEASURES = {
     "iou": "overlap with the true mask",
+    "union iou": "overlap of all that is found with all true masks",
     "box agreement": "overlap with the drawn box",
     "point agreement": "agreement with the drawn points",
 }
@@ -93,6 +105,8 @@ class JobView:
     eta: str
     losses: tuple[tuple[str, float], ...]
     chart: Chart | None
+    method: str
+    """How it is done, and why that way."""
     hint: str
     """What to do if it does not begin."""
 
@@ -134,6 +148,10 @@ class VersionView:
     state: str
     """`serving`, `promoted` or `not promoted`."""
     data: str
+    method: str
+    """How it was made, and why that way; empty where it was not written down."""
+    prompt_free: str
+    """What it finds without a prompt, in a sentence; empty if it needs prompts."""
     sentence: str
     means: tuple[tuple[str, float], ...]
     scores: tuple[ScoreRow, ...]
@@ -311,7 +329,8 @@ def _facts(service: Service) -> tuple[Fact, ...]:
         Fact(
             name="Training",
             value=f"every {every} annotations" if every else "when asked to",
-            detail=f"from {settings.train_min_tasks} annotated tasks on",
+            detail=f"from {settings.train_min_tasks} annotated tasks on; method: "
+            f"{_METHODS[settings.train_method]}",
         ),
     )
 
@@ -413,6 +432,7 @@ def _job(job: Job, now: float, service: Service) -> JobView:
         eta=f"about {duration(eta_s)} left" if is_running and eta_s else "",
         losses=tuple((name, value) for name, value in losses.items() if value is not None),
         chart=loss_chart(progress.get("curve")) if is_running else None,
+        method=_method({"method": job.method, **progress}),
         hint=_hint(job, now, service),
     )
 
@@ -445,6 +465,8 @@ def _version(version: Version, active: Version | None, url: str | None) -> Versi
         version=version,
         state="serving" if is_active else kept,
         data=_data(manifest),
+        method=_method(manifest),
+        prompt_free=_prompt_free(version),
         sentence=str(manifest.get("sentence", "")),
         means=tuple(means),
         scores=report.scores,
@@ -461,6 +483,20 @@ def _data(manifest: Mapping[str, Any]) -> str:
     objects = manifest.get("objects")
     with_objects = f" with {objects} objects" if objects else ""
     return f"learnt from {learnt} tasks{with_objects}, judged on {judged} others"
+
+
+def _method(said: Mapping[str, Any]) -> str:
+    """Say how a job is done or a version was made, as progress and manifest have it."""
+    method, reason = str(said.get("method", "")), str(said.get("method_reason", ""))
+    name = _METHODS.get(method, method)
+    return f"{name}: {reason}" if name and reason else name
+
+
+def _prompt_free(version: Version) -> str:
+    label = version.prompt_free_label
+    if label is None:
+        return ""
+    return f"It finds {label or 'what was labelled'} without a prompt."
 
 
 def _pictures_of(version: Version) -> Mapping[str, Any]:

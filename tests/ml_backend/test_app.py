@@ -19,6 +19,7 @@ from PIL import Image
 import ml_backend
 from ml_backend.app import create_app
 from ml_backend.errors import BadRequestError, SettingsError
+from ml_backend.jobs import JobStore
 from ml_backend.label_studio import project_name
 from ml_backend.model import SamBackend
 from ml_backend.settings import Settings
@@ -433,7 +434,7 @@ def test_the_bundled_model_finds_nuclei_without_prompts(make_client, label_studi
     request = payload("20")
     label_studio.legacy_tokens_enabled = True
     for task in request["tasks"]:
-        sample = Path(ml_backend.__file__).parent / "samples" / "nuclei.jpg"
+        sample = Path(ml_backend.__file__).parent / "samples" / "images" / "nuclei.jpg"
         label_studio.routes[task["data"]["image"]] = Answer(sample.read_bytes())
     client = make_client(
         None,
@@ -685,6 +686,18 @@ def test_a_recorded_setup_is_accepted(client, number):
             id="extra_params-no-object",
         ),
         pytest.param(
+            {"extra_params": '{"train_method": "dora"}'},
+            "extra_params.train_method must be one of auto, wesam, sam-adapter, lora, got 'dora'; "
+            "change it on the project's Model page",
+            id="train_method-unknown",
+        ),
+        pytest.param(
+            {"extra_params": {"train_method": ["lora"]}},
+            "extra_params.train_method must be one of auto, wesam, sam-adapter, lora, got "
+            "\"['lora']\"; change it on the project's Model page",
+            id="train_method-no-text",
+        ),
+        pytest.param(
             {"project": None},
             "project must be a project's name such as 1.1795194739, got null",
             id="no-project",
@@ -757,6 +770,29 @@ def test_the_environment_comes_before_what_setup_announced(make_client, label_st
         client.post("/setup", json=setup_body(request, elsewhere.url))
         assert len(predicted(client, request)[0]["result"]) == 1
         assert elsewhere.requests == []
+
+
+def test_a_project_is_trained_as_its_own_extra_params_say(make_client, tmp_path, caplog):
+    client = make_client(train_method="wesam")
+    start = payload("33")
+    project = project_name(start["project"])
+    request = payload("10") | {"project": project}
+    jobs = JobStore(tmp_path)
+    for extra_params, method in [
+        ('{"TRAIN_METHOD": "lora"}', "lora"),
+        ({"train_method": "sam-adapter", "vit": "b"}, "sam-adapter"),
+        ("", "wesam"),
+        (None, "wesam"),
+    ]:
+        body = setup_body(request, "http://ls", extra_params=extra_params)
+        assert client.post("/setup", json=body).status_code == 200
+        number = client.post("/webhook", json=start).json["job"]
+        assert jobs.get(number).method == method
+        assert client.post("/job_status", json={"job": number}).json["method"] == method
+        jobs.finish(number, "failed", "")
+    assert [text for text in caplog.messages if "no effect" in text] == [
+        "/setup: extra_params have no effect: vit"
+    ]
 
 
 def test_announced_tokens_are_kept_for_this_user_only(make_client, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -150,7 +151,10 @@ def test_versions_and_rollback_say_what_is_served(run, tmp_path):
     registry = Registry(tmp_path / "projects", keep=9)
     (tmp_path / "adapter").write_bytes(b"adapter")
     versions = registry.project("1.5")
-    names = [versions.add(tmp_path / "adapter", {"model": "tiny"}).model_version for _ in range(3)]
+    names = [
+        versions.add(tmp_path / "adapter", {"model": "tiny", "method": method}).model_version
+        for method in ("wesam", "lora", "sam-adapter")
+    ]
     versions.activate(1)
     versions.activate(3)
     variables = {"DATA_DIR": str(tmp_path), "COLUMNS": "200"}
@@ -160,20 +164,23 @@ def test_versions_and_rollback_say_what_is_served(run, tmp_path):
         assert result.exit_code == 0
         assert "project 1.5" in result.output
         rows = [line.split("│") for line in result.output.splitlines() if line.startswith("│")]
-        return [[cell.strip() for cell in (row[2], row[4])] for row in rows]
+        return [[cell.strip() for cell in (row[2], row[3], row[5])] for row in rows]
 
     assert shown() == [
-        ["the base model", ""],
-        [names[0], "rollback returns to it"],
-        [names[1], ""],
-        [names[2], "active"],
+        ["the base model", "", ""],
+        [names[0], "wesam", "rollback returns to it"],
+        [names[1], "lora", ""],
+        [names[2], "sam-adapter", "active"],
     ]
     result = run("rollback", "--project", "1.5", **variables)
     assert result.output == f"Project 1.5 is served by {names[0]} again.\n"
-    assert shown()[:2] == [["the base model", "rollback returns to it"], [names[0], "active"]]
+    assert shown()[:2] == [
+        ["the base model", "", "rollback returns to it"],
+        [names[0], "wesam", "active"],
+    ]
     result = run("rollback", "--project", "1", **variables)
     assert result.output == "Project 1.5 is served by the base model again.\n"
-    assert shown()[0] == ["the base model", "active"]
+    assert shown()[0] == ["the base model", "", "active"]
     result = run("rollback", "--project", "1", **variables)
     assert result.exit_code == 1
     assert "there is nothing to roll back" in result.output
@@ -293,10 +300,36 @@ def test_train_queues_a_job_once(run, tmp_path, label_studio):
     address = ("--url", label_studio.url, "--token", label_studio.personal_access_token)
     result = run("train", "--project", "1", *address, DATA_DIR=str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert result.output == "Job 1 is queued: a training of project 1.1795194739.\n"
+    assert result.output == "Job 1 is queued: a training of project 1.1795194739, method auto.\n"
     (job,) = JobStore(tmp_path).jobs()
-    assert (job.project, job.trigger) == ("1.1795194739", "command")
+    assert (job.project, job.trigger, job.method) == ("1.1795194739", "command", "auto")
 
     result = run("train", "--project", "1", *address, DATA_DIR=str(tmp_path))
     assert result.exit_code == 1
     assert result.output.startswith("error: project 1.1795194739 must have no other job under way")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        pytest.param(["--method", "sam-adapter"], "sam-adapter", id="as-asked"),
+        pytest.param([], "wesam", id="as-the-model-page-says"),
+    ],
+)
+def test_train_is_told_how(run, tmp_path, label_studio, arguments, method):
+    label_studio.projects[0]["created_at"] = "2026-11-20T17:12:19.284185Z"
+    (tmp_path / "connections").mkdir()
+    known = {"hostname": label_studio.url, "access_token": "", "train_method": "wesam"}
+    (tmp_path / "connections" / "1.1795194739.json").write_text(json.dumps(known))
+    address = ("--url", label_studio.url, "--token", label_studio.personal_access_token)
+    variables = {"DATA_DIR": str(tmp_path), "TRAIN_METHOD": "lora"}
+    result = run("train", "--project", "1", *arguments, *address, **variables)
+    assert result.exit_code == 0, result.output
+    assert JobStore(tmp_path).get(1).method == method
+
+
+def test_a_method_that_is_none_is_refused(run):
+    result = run("train", "--project", "1", "--method", "dora", "--url", "http://x", "--token", "x")
+    assert result.exit_code == 2
+    assert "'dora' is not one of" in result.output
+    assert "sam-adapter" in result.output

@@ -14,6 +14,7 @@ from ml_backend.lanes import Priority
 from sam_ext.errors import PromptError
 from sam_ext.interactive import CropPolicy
 from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
+from sam_ext.prompt_free import answer_prompt_free
 from tests.ml_backend.backend import make_sure_of_itself
 
 WAIT_S = 20
@@ -211,8 +212,17 @@ def test_automatic_masks_are_those_of_the_image(small_sam, make_engine):
     assert {one.mask.shape for one in found} == {(40, 56)}
 
 
-@pytest.mark.parametrize("is_survey", [False, True])
-def test_batches_stand_still_while_somebody_draws(small_sam, make_engine, is_survey):
+def test_what_is_found_without_prompts_is_the_images(small_sam, make_engine):
+    predictor, engine = Predictor(small_sam), make_engine()
+    embedding = engine.embed(predictor, image(1))
+    found = engine.prompt_free_masks(predictor, embedding)
+    expected = answer_prompt_free(predictor, embedding).instances
+    assert [one.area_px for one in found] == [one.area_px for one in expected] != []
+    assert found[0].mask.shape == (40, 56)
+
+
+@pytest.mark.parametrize("kind", ["drawn", "automatic", "prompt-free"])
+def test_batches_stand_still_while_somebody_draws(small_sam, make_engine, kind):
     options = {"points_per_side": 1}  # so that it would be done in no time
     predictor = Predictor(make_sure_of_itself(small_sam))
     engine = make_engine(automatic_options=options)
@@ -220,8 +230,10 @@ def test_batches_stand_still_while_somebody_draws(small_sam, make_engine, is_sur
     done = threading.Event()
 
     def batch() -> None:
-        if is_survey:
+        if kind == "automatic":
             engine.automatic_masks(predictor, embedding)
+        elif kind == "prompt-free":
+            engine.prompt_free_masks(predictor, embedding)
         else:
             engine.answer(predictor, image(1), [BOX], priority=Priority.BATCH)
         done.set()

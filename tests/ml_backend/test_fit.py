@@ -22,6 +22,7 @@ from ml_backend.fit import Methods, is_held_out, run_job, split_tasks
 from ml_backend.images import ImageLoader
 from ml_backend.jobs import JobStore
 from ml_backend.loading import load_base, open_registry
+from sam_ext.adapters import read_adapter
 from sam_ext.errors import CheckpointError, ConfigError
 from sam_ext.sam import weights_fingerprint
 from sam_ext.stable_sam import StableSam
@@ -33,14 +34,16 @@ from tests.ml_backend.training import (
     SIZE,
     add_task,
     fake_adapt,
+    fake_finetune,
     fake_judge,
     fill_project,
     judgement,
+    outline,
     small_settings,
 )
 from tests.ml_backend.versions import add_version
 
-METHODS = Methods(adapt=fake_adapt, judge=fake_judge, sleep=lambda _: None)
+METHODS = Methods(adapt=fake_adapt, finetune=fake_finetune, judge=fake_judge, sleep=lambda _: None)
 
 
 @pytest.fixture
@@ -58,12 +61,12 @@ def _no_pauses(monkeypatch):
 class Workplace:
     """All that a job needs, and the job."""
 
-    def __init__(self, folder, server, **settings):
+    def __init__(self, folder, server, *, method="auto", **settings):
         self.settings = small_settings(folder, server, **settings)
         self.jobs = JobStore(self.settings.data_dir)
         self.registry = open_registry(self.settings)
         self.versions = self.registry.project(PROJECT)
-        self.job_id = self.jobs.create(PROJECT, "start_training").id
+        self.job_id = self.jobs.create(PROJECT, "start_training", method).id
         self.run_dir = self.settings.runs_dir / str(self.job_id)
 
     def run(self, **options):
@@ -81,9 +84,9 @@ class Workplace:
             | options,
         )
 
-    def again(self):
+    def again(self, method="auto"):
         """Another job of the same project."""
-        self.job_id = self.jobs.create(PROJECT, "start_training").id
+        self.job_id = self.jobs.create(PROJECT, "start_training", method).id
         self.run_dir = self.settings.runs_dir / str(self.job_id)
 
 
@@ -109,7 +112,11 @@ def test_a_job_ends_as_a_version_that_is_served(place, label_studio):
     assert len(manifest["judged_by"]) == 2
     assert manifest["objects"] == 6
     assert manifest["left_out"] == []
-    assert manifest["wesam"]["steps"] == 3
+    assert (manifest["method"], manifest["method_asked"]) == ("wesam", "auto")
+    assert manifest["method_reason"] == job.progress["method_reason"] != ""
+    assert job.progress["method"] == "wesam"
+    assert manifest["prompt_free"] is None
+    assert manifest["config"]["steps"] == 3
     curve = json.loads((active.folder / "curves.json").read_text())
     assert curve == [{"step": step, "dice": 1 / step} for step in (1, 2, 3)]
     assert json.loads((active.folder / "judgement.json").read_text())["rows"][0]["value"] == 0.5
@@ -535,13 +542,10 @@ def test_jobs_that_cannot_be_written_down_end_the_worker(place, monkeypatch):
 
 
 def test_masks_beyond_the_memory_are_learnt_from_as_boxes(place, label_studio, monkeypatch):
-    polygons = CONFIG.replace("Rectangle", "Polygon")
-    label_studio.projects[0]["label_config"] = polygons
+    outline(label_studio)
     for task in label_studio.tasks:
         (region,) = task["annotations"][0]["result"]
-        points = [[10, 10], [50, 10], [50, 50], [10, 50]]
-        region["type"] = "polygonlabels"
-        region["value"] = {"points": points, "polygonlabels": ["Cell"]}
+        region["value"]["points"] = [[10, 10], [50, 10], [50, 50], [10, 50]]
     monkeypatch.setattr(module, "_MASK_BYTES", 3 * SIZE[0] * SIZE[1])
     objects = []
 
@@ -553,11 +557,151 @@ def test_masks_beyond_the_memory_are_learnt_from_as_boxes(place, label_studio, m
         objects.extend(one for image in images for one in image.objects)
         return fake_judge(models, images, **options)
 
-    assert place.run(methods=replace(METHODS, adapt=adapt, judge=judge)).state == "promoted"
+    methods = replace(METHODS, adapt=adapt, finetune=adapt, judge=judge)
+    assert place.run(methods=methods).state == "promoted"
     assert Counter(one.mask is None for one in objects) == {True: 5, False: 3}
     for one in objects:
         if one.mask is None:
             np.testing.assert_allclose(one.box_xyxy, (6, 5, 32, 24), atol=1)
+
+
+@pytest.mark.parametrize("method", ["sam-adapter", "lora"])
+def test_full_masks_of_one_label_are_learnt_to_be_found_without_prompts(
+    tmp_path, label_studio, method
+):
+    outline(label_studio)
+    place = Workplace(tmp_path, label_studio, method=method, sam_crops=False)
+    configs = []
+
+    def finetune(sam, images, config, **options):
+        configs.append(config)
+        return fake_finetune(sam, images, config, **options)
+
+    assert place.run(methods=replace(METHODS, adapt=None, finetune=finetune)).state == "promoted"
+    (config,) = configs
+    assert (config.method, config.steps, config.crop_chance) == (method, 3, 0.0)
+    assert config.prompt_free_chance > 0
+    active = place.versions.active()
+    assert active.prompt_free_label == "Cell"
+    assert active.manifest["config"]["method"] == active.manifest["method"] == method
+    assert active.manifest["method_reason"] == ("it was asked for; 6 of 6 objects have a full mask")
+    info = read_adapter(active.adapter)
+    assert (info.method, info.prompt_free) == (method, True)
+
+
+@pytest.mark.parametrize("labels", [("Cell", "Debris"), ("Debris",)])
+def test_what_is_found_without_prompts_is_the_one_label_in_use(tmp_path, label_studio, labels):
+    outline(label_studio, labels=labels)
+    config = label_studio.projects[0]["label_config"]
+    more = config.replace("</Poly", '<Label value="Unused"/></Poly')
+    label_studio.projects[0]["label_config"] = more
+    place = Workplace(tmp_path, label_studio, method="lora")
+    assert place.run().state == "promoted"
+    active = place.versions.active()
+    wanted = "Debris" if len(labels) == 1 else None
+    assert active.prompt_free_label == wanted
+    assert active.manifest["config"]["prompt_free_chance"] == (0 if wanted is None else 0.5)
+    assert read_adapter(active.adapter).prompt_free is (wanted is not None)
+
+
+def test_the_judge_knows_who_finds_what_without_prompts(tmp_path, label_studio):
+    outline(label_studio)
+    told = []
+
+    def judge(models, images, *, most_objects, prompt_free, **options):
+        told.append(prompt_free)
+        assert most_objects == 20
+        shared = {"most_objects": most_objects, "prompt_free": prompt_free}
+        return fake_judge(models, images, **shared, **options)
+
+    methods = replace(METHODS, judge=judge)
+    place = Workplace(tmp_path, label_studio, method="lora")
+    assert place.run(methods=methods).state == "promoted"
+    for task in label_studio.tasks:
+        task["annotations"][0]["result"][0]["value"]["polygonlabels"] = ["Nucleus"]
+    config = label_studio.projects[0]["label_config"].replace("Cell", "Nucleus")
+    label_studio.projects[0]["label_config"] = config
+    place.again()
+    assert place.run(methods=methods).state == "promoted"
+    place.again(method="wesam")
+    assert place.run(methods=methods).state == "promoted"
+    place.again()
+    assert place.run(methods=methods).state == "promoted"
+    assert told == [
+        {"candidate": "Cell"},
+        {"candidate": "Nucleus", "active": "Cell"},
+        {"active": "Nucleus"},
+        {"candidate": "Nucleus"},
+    ]
+
+
+def test_where_masks_are_missing_all_over_nothing_is_found_without_prompts(tmp_path, label_studio):
+    rectangles = [task["annotations"][0]["result"][0] for task in label_studio.tasks]
+    rectangles = [dict(region, id="box") for region in rectangles]
+    outline(label_studio)
+    config = label_studio.projects[0]["label_config"]
+    tag = '<RectangleLabels name="box2" toName="image"><Label value="Cell"/></RectangleLabels>'
+    label_studio.projects[0]["label_config"] = config.replace("</View>", f"{tag}</View>")
+    for task, region in zip(label_studio.tasks, rectangles, strict=True):
+        elsewhere = region["value"] | {"x": 1.0, "y": 1.0, "width": 4.0, "height": 4.0}
+        box = region | {"from_name": "box2", "type": "rectanglelabels", "value": elsewhere}
+        task["annotations"][0]["result"].append(box)
+    place = Workplace(tmp_path, label_studio, method="lora")
+    assert place.run().state == "promoted"
+    assert place.versions.active().prompt_free_label is None
+    assert place.versions.active().manifest["method_reason"] == (
+        "it was asked for; 6 of 12 objects have a full mask"
+    )
+
+
+def test_masks_that_were_asked_to_be_learnt_from_and_are_not_there_are_the_reason(
+    tmp_path, label_studio
+):
+    job = Workplace(tmp_path, label_studio, method="sam-adapter").run()
+    assert job.state == "rejected"
+    assert job.reason == (
+        "the method sam-adapter must have full masks to learn from, got none in 6 images: brush or "
+        "outline some objects, or train with wesam"
+    )
+
+
+def test_wesam_learns_from_masks_too_if_it_is_asked_to(tmp_path, label_studio):
+    outline(label_studio)
+    place = Workplace(tmp_path, label_studio, method="wesam")
+    assert place.run(methods=replace(METHODS, finetune=None)).state == "promoted"
+    assert place.versions.active().manifest["method"] == "wesam"
+    assert place.versions.active().prompt_free_label is None
+
+
+def test_auto_learns_from_full_masks_where_there_are_only_such(tmp_path, label_studio):
+    outline(label_studio)
+    place = Workplace(tmp_path, label_studio)
+    job = place.run(methods=replace(METHODS, adapt=None))
+    assert job.state == "promoted"
+    manifest = place.versions.active().manifest
+    assert manifest["method_asked"] == "auto"
+    assert manifest["method"] == job.progress["method"] != "wesam"
+    assert manifest["method_reason"] == job.progress["method_reason"]
+    assert "6" in manifest["method_reason"]  # images with full masks
+
+
+def test_a_job_that_was_stopped_goes_on_by_the_same_method(tmp_path, label_studio):
+    outline(label_studio)
+    place = Workplace(tmp_path, label_studio, method="lora")
+    steps = []
+
+    def finetune(sam, images, config, *, on_step, **options):
+        def note(step):
+            steps.append((config.method, step.step))
+            on_step(step)
+
+        return fake_finetune(sam, images, config, on_step=note, **options)
+
+    methods = replace(METHODS, adapt=None, finetune=finetune)
+    assert place.run(methods=methods, should_stop=lambda: len(steps) == 2).state == "queued"
+    place.settings = place.settings.model_copy(update={"train_method": "wesam"})
+    assert place.run(methods=methods).state == "promoted"
+    assert {method for method, _ in steps} == {"lora"}
 
 
 def test_several_images_of_a_task_are_on_one_side(place, label_studio):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,21 @@ def test_a_job_from_beginning_to_end(jobs, tmp_path):
     assert jobs.finish(created.id, "failed", "too late") == ended
     assert not jobs.report(created.id, {"step": 4})
     assert jobs.start(created.id) is None
+
+
+def test_a_job_says_how_it_is_to_be_done(jobs):
+    assert jobs.create(PROJECT, "command", "lora").method == "lora"
+    assert jobs.create(OTHER, "start_training").method == "auto"
+
+
+def test_jobs_of_an_earlier_version_are_kept(tmp_path):
+    JobStore(tmp_path).create(PROJECT, "start_training")
+    with sqlite3.connect(tmp_path / "jobs.db") as database:
+        database.execute("ALTER TABLE jobs DROP COLUMN method")
+    database.close()
+    jobs = JobStore(tmp_path)
+    assert jobs.get(1).method == "auto"
+    assert jobs.create(OTHER, "command", "wesam").method == "wesam"
 
 
 def test_a_project_has_one_job_at_a_time(jobs):

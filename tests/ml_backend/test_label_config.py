@@ -194,6 +194,33 @@ def test_an_alias_wins_over_the_value_and_the_value_joins_tags():
     assert config.resolve_label(mask, "only") is None
 
 
+@pytest.mark.parametrize(
+    ("tags", "label", "can"),
+    [
+        pytest.param(["Brush"], "Cat", True, id="its-own"),
+        pytest.param(["Brush"], "Dog", False, id="unknown"),
+        pytest.param(["Brush"], "", True, id="none-is-needed"),
+        pytest.param(["KeyPoint"], "Cat", False, id="no-mask-tag"),
+        pytest.param(["KeyPoint"], "", False, id="no-mask-tag-and-no-label"),
+        pytest.param([], "Cat", False, id="nothing"),
+    ],
+)
+def test_says_whether_masks_may_carry_a_label(tags, label, can):
+    controls = [
+        f'<{tag}Labels name="{tag}" toName="image"><Label value="Cat"/></{tag}Labels>'
+        for tag in tags
+    ]
+    assert config_of(IMAGE, *controls).can_carry("image", label=label) is can
+
+
+def test_a_labels_tag_carries_the_label_of_a_mask_tag_without_any():
+    labels = '<Labels name="what" toName="image"><Label value="Cat"/></Labels>'
+    config = config_of(IMAGE, '<Brush name="mask" toName="image"/>', labels)
+    assert config.can_carry("image", label="Cat")
+    assert not config.can_carry("image", label="Dog")
+    assert not config.can_carry("other", label="Cat")
+
+
 def test_labels_that_come_from_the_task_may_be_any():
     config = config_of(IMAGE, '<BrushLabels name="mask" toName="image" value="$labels"/>')
 

@@ -63,11 +63,14 @@ def make(registry, loader, small_sam):
 def add(registry, tmp_path):
     """Adds versions to a project, and gives their names."""
 
-    def call(count: int = 1, *, project: str = PROJECT, active: bool = True) -> list[str]:
+    def call(
+        count: int = 1, *, project: str = PROJECT, active: bool = True, **manifest: object
+    ) -> list[str]:
         names = []
         for _ in range(count):
             (tmp_path / "adapter").write_bytes(f"{project} {len(names)}".encode())
-            version = registry.project(project).add(tmp_path / "adapter", {"model": "tiny"})
+            whole = {"model": "tiny"} | manifest
+            version = registry.project(project).add(tmp_path / "adapter", whole)
             names.append(version.model_version)
             if active:
                 registry.project(project).activate(version.number)
@@ -104,6 +107,51 @@ def test_the_name_is_known_before_anything_is_loaded(make, add, loader):
     (name,) = add()
     assert make().version_of(PROJECT) == name
     assert loader.loaded == []
+
+
+def test_what_it_finds_without_prompts_is_known_before_anything_is_loaded(
+    make, add, loader, registry
+):
+    models = make()
+    assert models.prompt_free_label_of(None) is models.prompt_free_label_of(PROJECT) is None
+    add(prompt_free={"label": "Cell"})
+    assert models.prompt_free_label_of(PROJECT) == "Cell"
+    assert loader.loaded == []
+    until(lambda: models.for_project(PROJECT).prompt_free_label == "Cell")
+    assert models.prompt_free_label_of(PROJECT) == "Cell"  # as it was chosen
+    assert models.prompt_free_label_of("9.9") is models.base.prompt_free_label is None
+    add(prompt_free={"label": ""})
+    assert models.prompt_free_label_of(PROJECT) == ""
+    registry.project(PROJECT).rollback()
+    registry.project(PROJECT).rollback()
+    assert models.prompt_free_label_of(PROJECT) is None
+
+
+@pytest.mark.parametrize("mode", [None, True, "Cell", {}, {"label": None}, {"label": 3}])
+def test_a_manifest_that_names_no_label_finds_nothing_without_prompts(make, add, mode):
+    add(prompt_free=mode)
+    assert make().prompt_free_label_of(PROJECT) is None
+
+
+def test_a_version_that_cannot_be_loaded_finds_nothing_without_prompts(make, add, loader):
+    (name,) = add(prompt_free={"label": "Cell"})
+    loader.broken[name] = CheckpointError("of another model")
+    models = make()
+    assert models.for_project(PROJECT) is models.base
+    assert models.prompt_free_label_of(PROJECT) is None
+
+
+def test_who_waits_gets_the_new_version(make, add, loader):
+    models = make()
+    assert served(models) == "base"
+    loader.go_on.clear()
+    (name,) = add()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(models.for_project, PROJECT, wait=True)
+        assert served(models) == "base"
+        assert not waiting.done()
+        loader.go_on.set()
+        assert waiting.result(WAIT_S).model_version == name
 
 
 def test_a_new_version_is_loaded_in_the_background_and_then_served(make, add, loader):

@@ -44,6 +44,7 @@ def test_every_kind_of_value_is_read():
             "IMAGE_PRIVATE_HOSTS": "images:8000,10.0.0.7",
             "WORKER": "false",
             "QUEUE_URL": "redis://redis:6379/0",
+            "TRAIN_METHOD": "sam-adapter",
             "TRAIN_EVERY": "20",
             "TRAIN_DEBOUNCE_S": "2.5",
             "TRAIN_MIN_TASKS": "12",
@@ -73,6 +74,7 @@ def test_every_kind_of_value_is_read():
         image_private_hosts=("images:8000", "10.0.0.7"),
         worker=False,
         queue_url="redis://redis:6379/0",
+        train_method="sam-adapter",
         train_every=20,
         train_debounce_s=2.5,
         train_min_tasks=12,
@@ -159,6 +161,11 @@ def test_secrets_are_not_shown():
             "QUEUE_URL must be a Redis address such as redis://redis:6379/0, got another kind; "
             "leave it out to queue in a file",
             id="a-queue-of-another-kind",
+        ),
+        pytest.param(
+            {"TRAIN_METHOD": "dora"},
+            "TRAIN_METHOD must be 'auto', 'wesam', 'sam-adapter' or 'lora', got 'dora'",
+            id="a-method-that-is-none",
         ),
         pytest.param(
             {"TRAIN_MIN_TASKS": "3"},

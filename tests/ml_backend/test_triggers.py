@@ -14,6 +14,8 @@ from ml_backend.triggers import handle_event, start_job
 from tests.ml_backend.backend import payload
 
 CREATED, UPDATED, DELETED, START, OF_PROJECT, OF_TASKS, SKIPPED = map(str, range(30, 37))
+# How each project is to be trained.
+METHODS = {"1.1795194739": "lora", "5.1795196074": "sam-adapter"}
 
 
 class FakeQueue:
@@ -51,6 +53,7 @@ def send(jobs, queue, tmp_path):
             jobs=jobs,
             queue=queue,
             settings=Settings(data_dir=tmp_path, **settings),
+            method_for=METHODS.__getitem__,
         )
 
     return call
@@ -60,6 +63,7 @@ def test_start_training_queues_a_job_and_names_it(send, jobs, queue):
     assert send(START) == {"job": 1}
     job = jobs.get(1)
     assert (job.project, job.trigger, job.state) == ("1.1795194739", "start_training", "queued")
+    assert job.method == "lora"
     assert queue.puts == [(1, 0.0)]
 
 
@@ -91,6 +95,7 @@ def test_every_so_many_annotations_are_a_job_that_waits_for_quiet(send, jobs, qu
     assert send(CREATED, annotation=body | {"id": 9}, **often) == {"job": 1}
     assert jobs.get(1).trigger == "annotations"
     assert jobs.get(1).project == "5.1795196074"
+    assert jobs.get(1).method == "sam-adapter"
     assert queue.puts == [(1, 45.0)]
     assert send(CREATED, annotation=body | {"id": 10}, **often) == {}  # the job takes it along
 
@@ -117,8 +122,8 @@ def test_a_job_that_cannot_be_queued_has_failed_and_blocks_no_other(send, jobs, 
 
 
 def test_the_command_line_starts_a_job_too(jobs, queue):
-    job = start_job("1.1795194739", "command", jobs=jobs, queue=queue)
-    assert (job.trigger, queue.puts) == ("command", [(1, 0.0)])
+    job = start_job("1.1795194739", "command", "wesam", jobs=jobs, queue=queue)
+    assert (job.trigger, job.method, queue.puts) == ("command", "wesam", [(1, 0.0)])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +161,9 @@ def test_the_command_line_starts_a_job_too(jobs, queue):
 def test_what_label_studio_never_sends_is_refused(jobs, queue, tmp_path, event, body, message):
     settings = Settings(data_dir=tmp_path, train_every=1)
     with pytest.raises(BadRequestError) as caught:
-        handle_event(event, body, jobs=jobs, queue=queue, settings=settings)
+        handle_event(
+            event, body, jobs=jobs, queue=queue, settings=settings, method_for=lambda _: "auto"
+        )
     assert str(caught.value) == message
     assert jobs.jobs() == []
 

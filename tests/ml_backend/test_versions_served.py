@@ -161,7 +161,7 @@ def test_setup_and_versions_name_the_active_version_before_it_is_loaded(
         raise AssertionError("it was loaded")
 
     app = make_app()
-    monkeypatch.setattr("ml_backend.loading.apply_adapter", fail)
+    monkeypatch.setattr("ml_backend.loading.load_adapter", fail)
     client, body = app.test_client(), setup_body(CLICK, label_studio.url)
     base = client.post("/setup", json=body).json["model_version"]
     names = [version.model_version for version in versions.versions()]

@@ -13,7 +13,8 @@ from ml_backend.settings import Settings
 from sam_ext.checkpoints import save_checkpoint
 from sam_ext.judging import Judgement, JudgementRow
 from sam_ext.lora import attach_lora, lora_parameters
-from sam_ext.training.wesam import WesamStep
+from sam_ext.training.finetune import FinetuneConfig
+from sam_ext.training.steps import TrainingStep
 from tests.conftest import build_small_sam
 from tests.ml_backend.backend import encoded
 from tests.ml_backend.servers import Answer, FakeLabelStudio
@@ -64,6 +65,23 @@ def add_task(server: FakeLabelStudio, number: int, **annotation: object) -> None
     )
 
 
+def outline(server: FakeLabelStudio, *, labels: tuple[str, ...] = ("Cell",)) -> None:
+    """Let each task have outlines in place of its rectangles, of one label after the other."""
+    tags = "".join(f'<Label value="{label}"/>' for label in labels)
+    config = CONFIG.replace('<Label value="Cell"/>', tags).replace("Rectangle", "Polygon")
+    server.projects[0]["label_config"] = config
+    for task in server.tasks:
+        for annotation in task["annotations"]:
+            for region in annotation["result"]:
+                value = region["value"]
+                left, top = value["x"], value["y"]
+                right, bottom = left + value["width"], top + value["height"]
+                points = [[left, top], [right, top], [right, bottom], [left, bottom]]
+                label = labels[task["id"] % len(labels)]
+                region["type"] = "polygonlabels"
+                region["value"] = {"points": points, "polygonlabels": [label]}
+
+
 def small_settings(folder: Path, server: FakeLabelStudio, **settings: object) -> Settings:
     """Settings with the small SAM of the tests, which `folder` gets."""
     model = folder / "small.safetensors"
@@ -94,8 +112,15 @@ def fake_adapt(sam, images, config, *, run_dir, on_step, stable_sam=None):
             parameter.normal_(std=0.1, generator=generator)
     run_dir.mkdir(exist_ok=True)
     for step in range(1, config.steps + 1):
-        on_step(WesamStep(step=step, steps=config.steps, losses={"dice": 1 / step}, eta_s=0.0))
+        on_step(TrainingStep(step=step, steps=config.steps, losses={"dice": 1 / step}, eta_s=0.0))
     return adapted
+
+
+def fake_finetune(sam, images, config, **options):
+    """The same for full masks."""
+    assert isinstance(config, FinetuneConfig)
+    assert any(one.mask is not None for image in images for one in image.objects)
+    return fake_adapt(sam, images, config, **options)
 
 
 def judgement(*, promoted: bool) -> Judgement:
@@ -108,7 +133,7 @@ def judgement(*, promoted: bool) -> Judgement:
     )
 
 
-def fake_judge(models, images, *, crops, margin, seed, on_progress):
+def fake_judge(models, images, *, crops, margin, seed, most_objects, prompt_free, on_progress):
     for index, image in enumerate(images):
         assert image.read().shape == (*SIZE, 3)
         on_progress(index + 1, len(images))

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from ml_backend.registry import Registry, Version
-from sam_ext.lora import attach_lora, lora_parameters, save_lora
-from sam_ext.sam import Sam, weights_fingerprint
+from sam_ext.adapters import save_adapter
+from sam_ext.lora import attach_lora, lora_parameters
+from sam_ext.sam import Sam
 
 
 def write_adapter(sam: Sam, path: Path, *, seed: int = 0) -> Path:
@@ -20,13 +21,20 @@ def write_adapter(sam: Sam, path: Path, *, seed: int = 0) -> Path:
     with torch.no_grad():
         for parameter in lora_parameters(adapted.image_encoder):
             parameter.normal_(std=0.5, generator=generator)
-    save_lora(adapted, path, base=weights_fingerprint(sam))
+    save_adapter(adapted, path, base=sam, method="wesam")
     return path
 
 
 def add_version(
-    registry: Registry, project: str, sam: Sam, path: Path, *, seed: int = 0, name: str = "small"
+    registry: Registry,
+    project: str,
+    sam: Sam,
+    path: Path,
+    *,
+    seed: int = 0,
+    name: str = "small",
+    **manifest: object,
 ) -> Version:
     """Add a version to a project; it is not active."""
     adapter = write_adapter(sam, path, seed=seed)
-    return registry.project(project).add(adapter, {"model": name})
+    return registry.project(project).add(adapter, {"model": name} | manifest)

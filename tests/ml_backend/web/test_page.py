@@ -239,6 +239,29 @@ def test_jobs_as_they_are(client, service):
     assert "It begins in a moment." in text
 
 
+def test_how_a_job_and_a_version_were_done_is_said(client, service, versions):
+    job = service.jobs.create(PROJECT, "command", "lora")
+    assert "Asked for just now: the command line. Method: LoRA." in text_of(shown(client))
+    service.jobs.start(job.id)
+    chosen = {"method": "sam-adapter", "method_reason": "12 images have full masks"}
+    service.jobs.report(job.id, chosen)
+    text = text_of(shown(client))
+    assert "Method: SAM-Adapter: 12 images have full masks." in text
+    service.jobs.finish(job.id, "failed", "the disk is full")
+    text = text_of(shown(client))
+    assert "took 0 s · SAM-Adapter: 12 images have full masks" in text
+    assert "without a prompt" not in text
+
+    folder = versions.find(2).folder.parent
+    add_version(versions, folder, means=MEANS, prompt_free={"label": "Nucleus"}, **chosen)
+    add_version(versions, folder, means=MEANS, prompt_free={"label": ""}, method="of-the-future")
+    text = text_of(shown(client))
+    assert (
+        "Method: SAM-Adapter: 12 images have full masks. It finds Nucleus without a prompt." in text
+    )
+    assert "Method: of-the-future. It finds what was labelled without a prompt." in text
+
+
 def test_a_job_that_nobody_takes_says_so(client, service, tmp_path):
     service.jobs.create(PROJECT, "start_training")
     with sqlite3.connect(tmp_path / "data" / "jobs.db") as database:
