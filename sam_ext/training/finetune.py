@@ -93,7 +93,7 @@ class FinetuneConfig:
     """None takes `default_finetune_steps`."""
     learning_rate: float = 1e-3
     """Of the adapter or LoRA, after the warm-up; a cosine brings it to 0."""
-    decoder_learning_rate: float = 1e-4
+    decoder_learning_rate: float = 5e-5
     """The same of the decoder and the no-mask embedding."""
     weight_decay: float = 1e-4
     warmup_steps: int = 20
