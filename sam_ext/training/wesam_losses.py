@@ -115,8 +115,9 @@ def box_projection_loss(
     loss = torch.zeros(len(logits), device=logits.device, dtype=logits.dtype)
     for axis in (1, 2):
         u, v = p.amax(axis), b.amax(axis)
-        reach = {"kernel_size": 2 * slack + 1, "stride": 1, "padding": slack}
-        inner, outer = -F.max_pool1d(-v, **reach), F.max_pool1d(v, **reach)
+        width = 2 * slack + 1
+        inner = -F.max_pool1d(-v, width, stride=1, padding=slack)
+        outer = F.max_pool1d(v, width, stride=1, padding=slack)
         counted = inner + 1 - outer
         u, v = u * counted, v * counted
         overlap = 2 * (u * v).sum(1) + smooth
