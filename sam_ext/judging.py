@@ -31,6 +31,7 @@ _Embed = Callable[[Crop | None], Embedding]
 _ALL = "all"
 _JITTER = 0.2  # of boxes, as `noisy_boxes` takes it
 _FALL = 0.02  # of a label's mean, that is forgiven
+_USEFUL_UNION = 0.5  # mean IoU without a prompt from which on that is worth having
 _FEW = 5  # objects, of which a label has at least so many to count by itself
 _FARTHEST = 0.6  # distance from the base model, beyond which masks count as collapsed
 
@@ -126,7 +127,8 @@ def judge(
 
     A candidate that answers without prompts, too, is asked so about each image whose objects of its
     label all have true masks, and held against their union. If the active model has that mode for
-    the same label, the candidate may not fall by more than 0.02 there either.
+    the same label, the candidate may not fall by more than 0.02 there either. If it has not, and
+    the candidate's mean IoU there is at least 0.5, that is a gain by itself: the margin is then 0.
 
     Args:
         models: `candidate`, `active` and `base`; the last two may be the same object, which is
@@ -360,9 +362,11 @@ def _decide(
             f"(mean IoU {1 - distance:.2f}, wanted {1 - _FARTHEST:.2f}), which looks like a "
             f"collapse; it reached {measured}."
         )
-    if means["candidate"] < max(means["active"], means["base"]) + margin:
+    is_newly_able = "active" not in unions and unions.get("candidate", 0.0) >= _USEFUL_UNION
+    wanted_gain = 0.0 if is_newly_able else margin
+    if means["candidate"] < max(means["active"], means["base"]) + wanted_gain:
         return False, (
-            f"Kept the active model: the candidate reached {measured}, no gain of {margin:g}."
+            f"Kept the active model: the candidate reached {measured}, no gain of {wanted_gain:g}."
         )
     falls = _falls(scores)
     if falls:

@@ -373,3 +373,21 @@ def test_bad_requests_are_refused():
         judge({"candidate": model}, [], crops=None, margin=0.0, seed=0)
     with pytest.raises(ConfigError, match="margin must be at least 0, got -1"):
         decide(model, model, model, [], margin=-1)
+
+
+@pytest.mark.usefixtures("_found_by_itself")
+@pytest.mark.parametrize(
+    ("found", "rows", "labels", "promoted"),
+    [
+        pytest.param((0, 1, 2), 6, {"candidate": "cell"}, True, id="useful and no worse"),
+        pytest.param((0, 1, 2), 7, {"candidate": "cell"}, False, id="useful and worse"),
+        pytest.param((0, 1), 6, {"candidate": "cell"}, False, id="of little use"),
+        pytest.param(
+            (0, 1, 2), 6, {"candidate": "cell", "active": "cell"}, False, id="nothing new"
+        ),
+    ],
+)
+def test_finding_things_without_prompts_for_the_first_time_is_a_gain(found, rows, labels, promoted):
+    candidate, base = finding(answering(rows), *found), answering(6)
+    active = finding(answering(6), *found)
+    assert decide(candidate, active, base, prompt_free=labels).promoted is promoted
