@@ -80,7 +80,6 @@ WESAM_VARIANTS: dict[str, Callable[[WesamConfig], WesamConfig]] = {
     "no contrast": lambda config: replace(config, contrastive_weight=0.0),
     "no projection": lambda config: replace(config, projection_weight=0.0),
     "no correction": lambda config: replace(config, correct_pseudo_masks=False),
-    "no average": lambda config: replace(config, average_share=0.0),
     "no loose prompts": lambda config: replace(config, loose_prompts=0.0),
     "no box of points": lambda config: replace(config, box_of_points=False),
     "as published": lambda config: replace(
@@ -89,7 +88,6 @@ WESAM_VARIANTS: dict[str, Callable[[WesamConfig], WesamConfig]] = {
         contrastive_weight=1.0,
         strong_chance=0.5,
         projection_weight=0.0,
-        average_share=0.0,
         correct_pseudo_masks=False,
         loose_prompts=0.0,
         box_of_points=False,

@@ -27,8 +27,7 @@ Differs from the source:
       nothing is left of it, the anchor's mask takes its place.
     - `projection_weight` adds a loss of box labels; `loose_prompts` lets the student answer looser
       prompts than the teacher's; `box_of_points` asks teacher and anchor by a box that is estimated
-      from three points or more; `average_share` mixes into the pseudo labels what the anchor says
-      on average over all weak views. All four are ours, and can be switched off.
+      from three points or more. All three are ours, and can be switched off.
     - What follows from the frozen anchor is computed once for each view, not in every step.
     - Nothing is chosen by a test split; the last step's model is what comes out.
 """
@@ -78,7 +77,7 @@ from sam_ext.training.steps import (
     run_steps,
     single_device,
 )
-from sam_ext.training.views import FLIPS, Flip, flip_image, strong_view
+from sam_ext.training.views import FLIPS, strong_view
 from sam_ext.training.wesam_losses import (
     box_projection_loss,
     contrastive_loss,
@@ -119,12 +118,9 @@ class WesamConfig:
     """1 in the source; measured with `tiny`, outlines get worse."""
     projection_weight: float = 1.0
     """Of `box_projection_loss`, for objects with a drawn box; not in the source."""
-    average_share: float = 0.75
-    """How much of a pseudo mask is the anchor's, averaged over all weak views, before it is cut;
-    the rest is the teacher's. 0 in the source, where the anchor is asked about one view, too."""
     correct_pseudo_masks: bool = True
     """Let what annotators asserted correct the teacher's masks; not in the source."""
-    loose_prompts: float = 0.25
+    loose_prompts: float = 0.5
     """How often the student is asked more loosely than the teacher, by a jittered box, some of the
     points, or points drawn from the teacher's mask; not in the source."""
     box_of_points: bool = True
@@ -162,7 +158,7 @@ class WesamConfig:
         }
         if bad := {n: v for n, v in weights.items() if not 0 <= v < math.inf}:
             raise ConfigError(f"WesamConfig's numbers must be at least 0 and finite, got {bad}")
-        for name in ("average_share", "loose_prompts", "crop_chance", "strong_chance"):
+        for name in ("loose_prompts", "crop_chance", "strong_chance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"WesamConfig.{name} must be in 0..1, got {getattr(self, name)}")
         if min(self.rank, self.max_objects) < 1:
@@ -238,18 +234,13 @@ def adapt(
         lora_parameters(adapted), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     anchored = Kept(max_entries=1024)
-    ask_anchor = partial(
-        _anchor_targets,
-        anchor,
-        is_ambiguous=stable_sam is None,
-        is_averaged=config.average_share > 0,
-    )
+    ask_anchor = partial(_anchor_target, anchor, is_ambiguous=stable_sam is None)
 
     def backward(module: nn.Module, own: int, generator: torch.Generator) -> dict[str, float]:
         part = parts.part(own)
         flip = FLIPS[int(torch.randint(len(FLIPS), (), generator=generator))]
         view = part.view.flipped(flip)
-        target = anchored.get(part.key, partial(ask_anchor, part.view))[flip]
+        target = anchored.get((part.key, flip), partial(ask_anchor, view))
         return _backward(fabric, module, view, target, config, generator)
 
     last = None
@@ -275,19 +266,14 @@ def adapt(
 class _Target(NamedTuple):
     """What the anchor says of a view."""
 
-    chances: Tensor
-    """[P, H / 4, W / 4] in 0..1, that a pixel is the object's."""
+    masks: Tensor
+    """[P, H / 4, W / 4] bool."""
     token: Tensor
     """[P], which of the four masks: the single one, or a single point's best of three."""
     features: Tensor
     """[P + 1, 256], the background last."""
     is_ambiguous: bool
     """Whether a single point has three masks; with a plugin it has the single one, too."""
-
-    @property
-    def masks(self) -> Tensor:
-        """[P, H / 4, W / 4] bool."""
-        return self.chances > 0.5
 
 
 def _features(embeddings: Tensor, masks: Tensor) -> Tensor:
@@ -298,57 +284,30 @@ def _features(embeddings: Tensor, masks: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _anchor_targets(
-    anchor: Predictor, view: View, *, is_ambiguous: bool, is_averaged: bool
-) -> dict[Flip, _Target]:
-    """Ask the frozen model about all weak views of one view.
-
-    Args:
-        anchor: The frozen model.
-        view: As it is, before any flip.
-        is_ambiguous: Whether a single point is answered by three masks.
-        is_averaged: Whether all weak views get the average of what is seen in them; else each gets
-            what is seen in itself.
-    """
-    token: list[int] | None = None
-    chances, embeddings = {}, {}
-    for flip in FLIPS:
-        weak = view.flipped(flip)
-        image = torch.from_numpy(weak.image).permute(2, 0, 1)
-        embedding = anchor.embed(weak.image)
-        patch = embedding.padded_size[0] // embedding.image_embeddings.shape[-2]
-        answers = anchor.decode_low_res(embedding, weak.teacher_prompts)
-        if token is None:
-            token = [
-                _best_mask(prompt, unpadded(low_res, image, MASK_STRIDE), ious)
-                if prompt.is_single_point and is_ambiguous
-                else 0
-                for prompt, (low_res, ious, _) in zip(weak.teacher_prompts, answers, strict=True)
-            ]
-        seen = torch.stack(
-            [low_res[best] for best, (low_res, _, _) in zip(token, answers, strict=True)]
-        )
-        chances[flip] = flip_image(torch.sigmoid(unpadded(seen, image, MASK_STRIDE).float()), flip)
-        embeddings[flip] = unpadded(embedding.image_embeddings, image, patch)[0].float()
-    average = torch.stack(list(chances.values())).mean(0)
-    targets = {}
-    for flip in FLIPS:
-        own = flip_image(average if is_averaged else chances[flip], flip)
-        targets[flip] = _Target(
-            chances=own,
-            token=torch.tensor(token, device=anchor.device),
-            features=_features(embeddings[flip], own > 0.5),
-            is_ambiguous=is_ambiguous,
-        )
-    return targets
-
-
-def _best_mask(prompt: ObjectPrompt, logits: Tensor, ious: Tensor) -> int:
-    """Choose among the masks [4, H / 4, W / 4] of a single point: the surest that holds it."""
-    x, y = (prompt.point_coords[0] // MASK_STRIDE).astype(int)
-    y, x = min(max(y, 0), logits.shape[1] - 1), min(max(x, 0), logits.shape[2] - 1)
-    holds = logits[1:, y, x] > 0
-    return 1 + int((ious[1:] + 10 * holds).argmax())
+def _anchor_target(anchor: Predictor, view: View, *, is_ambiguous: bool) -> _Target:
+    """Ask the frozen model about a view."""
+    image = torch.from_numpy(view.image).permute(2, 0, 1)
+    embedding = anchor.embed(view.image)
+    patch = embedding.padded_size[0] // embedding.image_embeddings.shape[-2]
+    token, masks = [], []
+    answers = anchor.decode_low_res(embedding, view.teacher_prompts)
+    for prompt, (low_res, ious, _) in zip(view.teacher_prompts, answers, strict=True):
+        logits = unpadded(low_res, image, MASK_STRIDE)
+        best = 0
+        if prompt.is_single_point and is_ambiguous:
+            x, y = (prompt.point_coords[0] // MASK_STRIDE).astype(int)
+            y, x = min(max(y, 0), logits.shape[1] - 1), min(max(x, 0), logits.shape[2] - 1)
+            holds = logits[1:, y, x] > 0
+            best = 1 + int((ious[1:] + 10 * holds).argmax())
+        token.append(best)
+        masks.append(logits[best] > 0)
+    features = unpadded(embedding.image_embeddings, image, patch)[0].float()
+    return _Target(
+        masks=torch.stack(masks),
+        token=torch.tensor(token, device=anchor.device),
+        features=_features(features, torch.stack(masks)),
+        is_ambiguous=is_ambiguous,
+    )
 
 
 def _backward(
@@ -381,9 +340,7 @@ def _backward(
             losses = _teacher_losses(seen, teacher, target, config)
         if learns:
             total += _go_back(fabric, losses, config)
-        sure = torch.sigmoid(teacher.detach())
-        sure = sure + config.average_share * (target.chances - sure)
-        pseudo = _pseudo_masks(sure, view, target, config)
+        pseudo = _pseudo_masks(teacher.detach() > 0, view, target, config)
         del seen, teacher
     prompts = view.prompts
     is_loose = bool(torch.rand((), generator=generator) < config.loose_prompts)
@@ -419,16 +376,15 @@ def _teacher_losses(
     return losses
 
 
-def _pseudo_masks(chances: Tensor, view: View, target: _Target, config: WesamConfig) -> Tensor:
-    """Make the student's targets [P, H, W] of how sure teacher and anchor are, 0..1."""
+def _pseudo_masks(masks: Tensor, view: View, target: _Target, config: WesamConfig) -> Tensor:
+    """Make the student's targets [P, H, W] of the teacher's masks [P, H, W] bool."""
     if config.correct_pseudo_masks:
-        allowed = view.allowed.to(chances.device).float()
-        required = view.required.to(chances.device).float()
-        corrected = torch.maximum(chances * allowed, required)
-        instead = torch.maximum(target.chances * allowed, required)
-        is_left = (chances * allowed > 0.5).flatten(1).any(1)
-        chances = torch.where(is_left[:, None, None], corrected, instead)
-    return (chances > 0.5).float()
+        allowed, required = view.allowed.to(masks.device), view.required.to(masks.device)
+        corrected = (masks & allowed) | required
+        instead = (target.masks & allowed) | required
+        is_left = (masks & allowed).flatten(1).any(1)
+        masks = torch.where(is_left[:, None, None], corrected, instead)
+    return masks.float()
 
 
 def _student_losses(

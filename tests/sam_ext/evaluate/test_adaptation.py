@@ -285,11 +285,10 @@ def test_every_variant_changes_what_its_name_says(monkeypatch, train, test, smal
         {"contrastive_weight"},
         {"projection_weight"},
         {"correct_pseudo_masks"},
-        {"average_share"},
         {"loose_prompts"},
         {"box_of_points"},
         {
-            *("focal_weight", "contrastive_weight", "strong_chance", "average_share"),
+            *("focal_weight", "contrastive_weight", "strong_chance"),
             *("projection_weight", "correct_pseudo_masks", "loose_prompts", "box_of_points"),
         },
     ]
