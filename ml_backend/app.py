@@ -47,6 +47,7 @@ from ml_backend.settings import Settings, TrainMethod
 from ml_backend.triggers import handle_event, start_job
 from ml_backend.web.page import PAGE, add_status_page
 from ml_backend.web.recent_errors import RecentErrors
+from sam_ext.automatic import default_grid
 from sam_ext.interactive import default_crops
 from sam_ext.predictor import Predictor
 
@@ -71,10 +72,6 @@ _JOB_STATUS: dict[JobState, str] = {
     "rejected": "finished",
     "failed": "failed",
     "cancelled": "canceled",
-}
-# SAM's own thresholds were chosen with ViT-H; `tiny` is hardly ever as sure of a mask as that.
-_AUTOMATIC_OPTIONS = {
-    "tiny": {"points_per_side": 16, "pred_iou_threshold": 0.6, "stability_threshold": 0.8}
 }
 
 
@@ -106,7 +103,7 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
         max_waiting=settings.max_waiting,
         store=store,
         crops=default_crops(models.base.predictor.image_size) if settings.sam_crops else None,
-        automatic_options=_AUTOMATIC_OPTIONS.get(settings.sam_model),
+        automatic_options=default_grid(models.base.predictor.image_size),
     )
     service = Service(
         settings=settings,
