@@ -96,6 +96,7 @@ def test_a_job_is_followed_without_reloading_the_page(page, url, service):
 def test_pictures_and_curves_are_seen(page, url):
     page.goto(url)
     pictures = page.locator("img[alt*='the training']:visible")
+    pictures.nth(1).wait_for()
     assert pictures.count() == 2
     pictures.first.scroll_into_view_if_needed()
     for picture in pictures.all():
