@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -174,6 +176,10 @@ class Process:
         self.process = self.context.Process(target=run_worker, args=(settings,))
         self.process.start()
 
+    def catches(self, number):
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"SigCgt:\s+(\w+)", status)[1], 16) >> (number - 1) & 1
+
     def end(self, number):
         if self.process.is_alive():
             os.kill(self.process.pid, number)
@@ -238,6 +244,10 @@ def test_a_worker_that_is_killed_at_any_moment_goes_on_and_breaks_nothing(
 
     process = Process(settings)
     wait_until(lambda: jobs.get(job_id).is_finished, process)
+    wait_until(
+        lambda: process.catches(signal.SIGTERM), process
+    )  # the job may have been over before
+    time.sleep(0.5)  # the queue's own handlers come first
     assert process.end(signal.SIGTERM) == 0
     require_whole()
     job = jobs.get(job_id)
