@@ -35,7 +35,7 @@ from sam_ext.sam_adapter import read_task_inputs
 from sam_ext.stable_sam import StableSam, prepare_stable_sam
 from sam_ext.state_dicts import state_fingerprint
 
-__all__ = ["Crop", "Embedding", "ObjectMasks", "ObjectPrompt", "Predictor"]
+__all__ = ["Crop", "Embedding", "ObjectMasks", "ObjectPrompt", "Predictor", "prompt_tokens"]
 
 # Objects that go through the decoder together: bounds its memory, and more are not faster. A CPU is
 # faster with fewer, whose image tokens stay in its cache.
@@ -102,6 +102,29 @@ class ObjectPrompt:
     def is_single_point(self) -> bool:
         """Whether there is one point and nothing else, so that it may mean several objects."""
         return len(self.point_coords) == 1 and self.box_xyxy is None and self.mask_input is None
+
+
+def prompt_tokens(
+    prompt: ObjectPrompt | None,
+) -> tuple[NDArray[np.floating[Any]], NDArray[np.int64]]:
+    """Write a prompt as SAM's labelled points.
+
+    Args:
+        prompt: None asks without any prompt.
+
+    Returns:
+        Points [T, 2] in the prompt's pixels, and labels [T] as `embed_tokens` takes them.
+    """
+    if prompt is None:
+        return np.zeros((0, 2)), np.zeros(0, np.int64)
+    coords, labels = [prompt.point_coords], [*prompt.point_labels.tolist()]
+    if prompt.box_xyxy is not None:
+        coords.append(prompt.box_xyxy.reshape(2, 2))
+        labels += [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
+    elif labels:
+        coords.append(np.zeros((1, 2)))
+        labels.append(NOT_A_POINT)
+    return np.concatenate(coords), np.array(labels, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -401,23 +424,11 @@ class Predictor:
         self, embedding: Embedding, prompt: ObjectPrompt | None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Write a prompt as SAM's labelled points [T, 2], [T] in pixels of the encoder's input."""
-        if prompt is None:
-            return np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
-        coords = [prompt.point_coords]
-        labels = [*prompt.point_labels.tolist()]
-        if prompt.box_xyxy is not None:
-            coords.append(prompt.box_xyxy.reshape(2, 2))
-            labels += [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
-        elif labels:
-            coords.append(np.zeros((1, 2)))
-            labels.append(NOT_A_POINT)
+        coords, labels = prompt_tokens(prompt)
         region = embedding.region
         (height, width), (input_h, input_w) = region.size, embedding.input_size
         scale = np.array([input_w / width, input_h / height])
-        return (
-            ((np.concatenate(coords) - region[:2]) * scale).astype(np.float32),
-            np.array(labels, dtype=np.int64),
-        )
+        return ((coords - region[:2]) * scale).astype(np.float32), labels
 
     def _decode_group(
         self,

@@ -211,7 +211,7 @@ def run(options: argparse.Namespace) -> list[ResolutionRow]:
     variants = ba_sam_variants(
         Path(options.model).stem, BaSamConfig(bias=options.bias, beta=options.beta)
     )
-    file = RowFile(options.rows, ResolutionRow)
+    file, folder = RowFile(options.rows, ResolutionRow), open_folder(options)
     rows: list[ResolutionRow] = []
     for factor, (name, ba_sam) in itertools.product(options.sizes, variants.items()):
         key = measured_key(options, sam) | {
@@ -223,7 +223,7 @@ def run(options: argparse.Namespace) -> list[ResolutionRow]:
         measure = partial(
             evaluate_resolution,
             sam,
-            open_folder(options),
+            folder,
             dataset=options.data.name,
             split=options.split,
             variants={name: ba_sam},

@@ -34,7 +34,6 @@ from sam_ext.training.data import CocoFolder
 __all__ = ["SheetRow", "add_arguments", "draw_sheet", "run"]
 
 _Mask = NDArray[np.bool_]
-_PROMPTS = ("tight box", "center point")
 _PANEL_INCHES = 3.2
 
 
@@ -86,10 +85,10 @@ def draw_sheet(
         )
         panels[0].imshow(_painted(scene.image, wanted, ()))
         panels[0].set_title(f"{name}: {len(wanted)} objects", fontsize=8)
-        for panel, prompt in zip(panels[1:], _PROMPTS, strict=True):
-            masks = [answer.mask for answer in ask(drawn[prompt])]
+        for panel, (prompt, asked) in zip(panels[1:], drawn.items(), strict=True):
+            masks = [answer.mask for answer in ask(asked)]
             reached = float(np.mean([iou(m, w) for m, w in zip(masks, wanted, strict=True)]))
-            panel.imshow(_painted(scene.image, masks, drawn[prompt]))
+            panel.imshow(_painted(scene.image, masks, asked))
             panel.set_title(f"{prompt}: IoU {reached:.2f}", fontsize=8)
             rows.append(
                 SheetRow(image=name, prompt=prompt, objects=len(wanted), miou=round(reached, 4))

@@ -15,15 +15,8 @@ from torch import Tensor, nn
 from sam_ext.ba_sam import BaSamConfig
 from sam_ext.image_encoder import encode_image
 from sam_ext.mask_decoder import decode_masks
-from sam_ext.predictor import ObjectPrompt
-from sam_ext.prompt_encoder import (
-    BOX_BOTTOM_RIGHT,
-    BOX_TOP_LEFT,
-    NOT_A_POINT,
-    dense_position_encoding,
-    embed_dense,
-    embed_tokens,
-)
+from sam_ext.predictor import ObjectPrompt, prompt_tokens
+from sam_ext.prompt_encoder import dense_position_encoding, embed_dense, embed_tokens
 from sam_ext.sam import Sam
 from sam_ext.sam_adapter import read_task_inputs
 from sam_ext.stable_sam import StableSam
@@ -127,20 +120,9 @@ def token_groups(prompts: Sequence[ObjectPrompt | None], device: torch.device) -
         prompts: P objects; None asks without any prompt.
         device: Of the model.
     """
+    tokens = [prompt_tokens(prompt) for prompt in prompts]
     by_count: defaultdict[int, list[int]] = defaultdict(list)
-    tokens = []
-    for index, prompt in enumerate(prompts):
-        coords: list[Any] = [np.zeros((0, 2))]
-        labels: list[int] = []
-        if prompt is not None:
-            coords, labels = [prompt.point_coords], [*prompt.point_labels.tolist()]
-            if prompt.box_xyxy is not None:
-                coords.append(prompt.box_xyxy.reshape(2, 2))
-                labels += [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
-            else:
-                coords.append(np.zeros((1, 2)))
-                labels.append(NOT_A_POINT)
-        tokens.append((np.concatenate(coords), labels))
+    for index, (_, labels) in enumerate(tokens):
         by_count[len(labels)].append(index)
     return [
         Group(
@@ -148,7 +130,7 @@ def token_groups(prompts: Sequence[ObjectPrompt | None], device: torch.device) -
             coords=torch.tensor(
                 np.stack([tokens[i][0] for i in members]), dtype=torch.float32, device=device
             ),
-            labels=torch.tensor([tokens[i][1] for i in members], dtype=torch.int64, device=device),
+            labels=torch.tensor(np.stack([tokens[i][1] for i in members]), device=device),
         )
         for members in by_count.values()
     ]
