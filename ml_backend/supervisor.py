@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,8 @@ def supervise(
 ) -> int:
     """Run both until the server ends; it has to be called in the main thread.
 
-    SIGTERM and SIGINT go on to both, SIGHUP as SIGTERM.
+    SIGTERM and SIGINT go on to both, SIGHUP as SIGTERM. On Linux both get SIGTERM also if this
+    process is killed, so that neither keeps its port or its lock.
 
     Args:
         server: The command line of what serves.
@@ -58,7 +62,7 @@ class _Supervisor:
         self._restart_at: float | None = None
         for number in _SIGNALS:
             signal.signal(number, lambda received, _frame: self._received.append(received))
-        self._server = subprocess.Popen(server)
+        self._server = _start(server)
         self._start_worker()
 
     def run(self) -> int:
@@ -81,7 +85,7 @@ class _Supervisor:
                 child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _start_worker(self) -> None:
-        self._worker = subprocess.Popen(self._worker_command)
+        self._worker = _start(self._worker_command)
         self._worker_since = time.monotonic()
 
     def _look_after_worker(self) -> None:
@@ -110,3 +114,13 @@ class _Supervisor:
         except subprocess.TimeoutExpired:
             self._worker.kill()
             self._worker.wait()
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a process that ends with this one."""
+    if sys.platform != "linux":
+        return subprocess.Popen(command)
+    library = ctypes.CDLL(None)  # loaded before the fork: after it there is no time for locks
+    return subprocess.Popen(
+        command, preexec_fn=lambda: library.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    )

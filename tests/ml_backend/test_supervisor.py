@@ -73,6 +73,18 @@ def test_signals_go_on_to_both(supervise, tmp_path, number):
     assert (tmp_path / "worker-told").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of this")
+def test_both_are_told_when_the_supervisor_is_killed(supervise, tmp_path):
+    server = on_term("touch server-told; exit 3") + "touch serves; " + FOR_EVER
+    worker = on_term("touch worker-told; exit 0") + "touch works; " + FOR_EVER
+    process = supervise(server, worker)
+    for name in ("serves", "works"):
+        wait_for(tmp_path / name)
+    process.kill()
+    for name in ("server-told", "worker-told"):
+        wait_for(tmp_path / name)
+
+
 def test_a_worker_that_dies_comes_back_later_and_later(supervise, tmp_path):
     worker = "echo run >> runs; [ $(wc -l < runs) -ge 5 ] && touch enough; exit 9"
     server = "while [ ! -e enough ]; do sleep 0.02; done; exit 0"
