@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from sam_ext.errors import ConfigError
 
-__all__ = ["boundary_iou", "ellipse_in_box", "iou", "rectangle_mask", "stability", "tight_box"]
+__all__ = [
+    "boundary_iou",
+    "calibration_error",
+    "ellipse_in_box",
+    "iou",
+    "rectangle_mask",
+    "stability",
+    "tight_box",
+]
 
 
 def iou(predicted: NDArray[Any], wanted: NDArray[Any]) -> float:
@@ -66,6 +74,36 @@ def stability(masks: Sequence[NDArray[Any]]) -> float:
     """
     union = np.logical_or.reduce(list(masks))
     return float(np.mean([iou(mask, union) for mask in masks]))
+
+
+def calibration_error(
+    predicted: Sequence[float], reached: Sequence[float], *, bins: int = 10
+) -> float:
+    """How far predicted IoUs are from reached ones on average, among masks predicted alike.
+
+    Args:
+        predicted: N numbers in 0..1; what is beyond counts in the nearest bin.
+        reached: The N IoUs with what was wanted.
+        bins: Into how many parts of equal width 0..1 is cut.
+
+    Returns:
+        The mean over masks of the distance between the two means of their bin: 0..1.
+
+    Raises:
+        ConfigError: If there are not equally many of both, at least one.
+
+    Source:
+        Guo et al., arXiv:1706.04599: the expected calibration error.
+    """
+    if len(predicted) != len(reached) or not predicted:
+        raise ConfigError(
+            "predicted and reached must be equally many IoUs, at least one, "
+            f"got {len(predicted)} and {len(reached)}"
+        )
+    expected, got = np.asarray(predicted, np.float64), np.asarray(reached, np.float64)
+    members = np.clip((expected * bins).astype(np.intp), 0, bins - 1)
+    gaps = np.bincount(members, weights=expected - got)
+    return float(np.abs(gaps).sum() / len(expected))
 
 
 def tight_box(mask: NDArray[Any]) -> NDArray[Any]:

@@ -36,7 +36,15 @@ from sam_ext.evaluate.common import (
 )
 from sam_ext.evaluate.records import RowFile
 from sam_ext.interactive import Answer, CropPolicy, answer_prompts, default_crops, embed_once
-from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask, stability, tight_box
+from sam_ext.metrics import (
+    boundary_iou,
+    calibration_error,
+    ellipse_in_box,
+    iou,
+    rectangle_mask,
+    stability,
+    tight_box,
+)
 from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam, load_stable_sam
@@ -86,6 +94,8 @@ class PromptRow:
     """Mean of how much was read from shifted places; None without a plugin."""
     iou_error: float | None
     """Mean absolute difference of the predicted IoU and the real one; None for baselines."""
+    calibration_error: float | None
+    """The same of their means over masks of like predictions, as `calibration_error` has it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +113,8 @@ class _Scores:
     boundary_iou: list[float]
     stability: list[float]
     routing: list[float]
-    iou_error: list[float]
+    predicted: list[float]
+    """One for each IoU; none for baselines."""
 
 
 def evaluate_prompts(
@@ -172,7 +183,12 @@ def evaluate_prompts(
             mbiou=round(float(np.mean(one.boundary_iou)), 4),
             stability=_rounded_mean(one.stability),
             routing=_rounded_mean(one.routing),
-            iou_error=_rounded_mean(one.iou_error),
+            iou_error=_rounded_mean(
+                [abs(p - r) for p, r in zip(one.predicted, one.iou, strict=False)]
+            ),
+            calibration_error=round(calibration_error(one.predicted, one.iou), 4)
+            if one.predicted
+            else None,
         )
         for (kind, name), one in scores.items()
     ]
@@ -244,7 +260,7 @@ def _add(
             scores.iou.append(iou(mask, truth))
             scores.boundary_iou.append(boundary_iou(mask, truth))
             if isinstance(answer, Answer):
-                scores.iou_error.append(abs(answer.iou_prediction - scores.iou[-1]))
+                scores.predicted.append(answer.iou_prediction)
                 if answer.candidates.routing is not None:
                     scores.routing.append(answer.candidates.routing)
         if len(masks) > 1:

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 
 from sam_ext.errors import ConfigError
-from sam_ext.metrics import boundary_iou, ellipse_in_box, iou, rectangle_mask, stability
+from sam_ext.metrics import (
+    boundary_iou,
+    calibration_error,
+    ellipse_in_box,
+    iou,
+    rectangle_mask,
+    stability,
+)
 
 
 def mask(rows):
@@ -76,3 +83,23 @@ def test_stability_is_the_mean_iou_with_the_union_of_all_masks():
     assert stability([left, right]) == pytest.approx((12 / 16 + 8 / 16) / 2)
     assert stability([left, left, left]) == 1
     assert stability([right]) == 1
+
+
+@pytest.mark.parametrize(
+    ("predicted", "reached", "expected"),
+    [
+        pytest.param([0.75, 0.75], [0.5, 1.0], 0.0, id="right on average"),
+        pytest.param([0.71, 0.79], [0.5, 0.7], 0.15, id="one bin"),
+        pytest.param([0.15, 0.15, 0.85, 0.85], [0.2, 0.0, 0.6, 0.9], 0.075, id="two bins"),
+        pytest.param([0.95, 1.02], [0.9, 1.0], 0.035, id="beyond 1 in the last bin"),
+        pytest.param([-0.01, 0.09], [0.0, 0.1], 0.01, id="below 0 in the first bin"),
+    ],
+)
+def test_calibration_error_compares_means_of_like_predictions(predicted, reached, expected):
+    assert calibration_error(predicted, reached) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("predicted", "reached"), [([], []), ([0.5], [0.5, 0.6])])
+def test_calibration_error_wants_as_many_of_both(predicted, reached):
+    with pytest.raises(ConfigError, match=f"got {len(predicted)} and {len(reached)}"):
+        calibration_error(predicted, reached)

@@ -61,7 +61,8 @@ def test_rows_hold_the_means_of_what_the_predictor_answers(small_sam, folder):
     for name, mask in baselines.items():
         row = table[name, "tight box"]
         assert row.miou == pytest.approx(iou(mask, OBJECT), abs=1e-4)
-        assert (row.iou_error, row.routing, row.stability) == (None, None, None)
+        assert (row.iou_error, row.calibration_error) == (None, None)
+        assert (row.routing, row.stability) == (None, None)
     embedding = predictor.embed(image_of(OBJECT))
     [answer] = predictor.decode(embedding, [box_prompt(box)])
     row = table["s", "tight box"]
@@ -70,6 +71,7 @@ def test_rows_hold_the_means_of_what_the_predictor_answers(small_sam, folder):
     assert row.mbiou == pytest.approx(boundary_iou(answer.masks[0], OBJECT), abs=1e-4)
     error = abs(float(answer.iou_predictions[0]) - iou(answer.masks[0], OBJECT))
     assert row.iou_error == pytest.approx(error, abs=1e-4)
+    assert row.calibration_error == pytest.approx(error, abs=1e-4)
     [three] = predictor.decode(embedding, [points_prompt(center_point(OBJECT)[None])])
     reached = [iou(mask, OBJECT) for mask in three.masks]
     assert table["s", "center point, best candidate"].miou == pytest.approx(max(reached), abs=1e-4)
