@@ -109,8 +109,9 @@ class FinetuneConfig:
     iou_weight: float = 1.0
     """Of the predicted IoUs' squared error."""
     prompt_free_chance: float = 0.0
-    """How often the model is also asked without a prompt, for all objects of the view together; for
-    projects of one class. Images some of whose objects have no mask are not asked so."""
+    """How often the model sees a whole image and is also asked without a prompt, for all objects
+    together; for projects of one class. Images some of whose objects have no mask are not asked
+    so."""
     policies: tuple[ResolutionPolicy, ...] | None = None
     """At which sizes images are encoded, one drawn for each step; None takes `default_policy`.
     Several are mixed resolutions, which go with `ba_sam`."""
@@ -231,10 +232,10 @@ def finetune(
 
     def backward(module: nn.Module, own: int, generator: torch.Generator) -> dict[str, float]:
         source = sources[int(torch.randint(len(sources), (), generator=generator))]
-        part = source.part(own)
+        is_free = float(torch.rand((), generator=generator)) < config.prompt_free_chance
+        part = source.part(own, whole=is_free)
         flip = FLIPS[int(torch.randint(len(FLIPS), (), generator=generator))]
         view = _asked_again(part.view.flipped(flip))
-        is_free = float(torch.rand((), generator=generator)) < config.prompt_free_chance
         prompts: list[ObjectPrompt | None] = list(_prompts(view, generator))
         if is_free and is_complete[part.key[0]]:
             prompts.append(None)

@@ -371,8 +371,12 @@ class PartSource:
                 "object; label some, or choose other prompts"
             )
 
-    def part(self, step: int) -> Part:
+    def part(self, step: int, *, whole: bool = False) -> Part:
         """Choose the part of a step: images in turns, then an object and where it is looked at.
+
+        Args:
+            step: Number of the step.
+            whole: Look at the whole image, wherever the object is served.
 
         Raises:
             DataError: If no image holds an object that can be asked for.
@@ -386,7 +390,8 @@ class PartSource:
             if layout.objects:
                 rng = np.random.default_rng((self._seed, step, 1))
                 chosen = int(rng.integers(len(layout.objects)))
-                crop = layout.served_in[chosen] if rng.random() < self._crop_chance else None
+                is_cropped = rng.random() < self._crop_chance and not whole
+                crop = layout.served_in[chosen] if is_cropped else None
                 number = next(n for n, c in enumerate(layout.chunks[crop]) if chosen in c)
                 return self._part(index, crop, number)
         raise DataError(

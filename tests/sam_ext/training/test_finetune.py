@@ -245,6 +245,32 @@ def test_objects_without_a_mask_are_left_out(small_sam, monkeypatch):
     assert all((prompts[-1] is None) == (len(prompts) == 9) for prompts in asked)
 
 
+def test_without_prompt_whole_images_are_seen_as_they_are_served(small_sam, monkeypatch):
+    asked, seen = [], []
+    token_groups, part = module.token_groups, module.PartSource.part
+    monkeypatch.setattr(
+        module, "token_groups", lambda *given: asked.append(given[0]) or token_groups(*given)
+    )
+    monkeypatch.setattr(
+        module.PartSource,
+        "part",
+        lambda *given, **how: seen.append(part(*given, **how)) or seen[-1],
+    )
+    settings = config(
+        steps=12,
+        prompt_free_chance=0.5,
+        crop_chance=1.0,
+        crops=CropPolicy(min_object_px=60, context=2, min_side=32),
+    )
+    small = np.zeros((48, 80), bool)
+    small[20:28, 30:40] = True
+    finetune(small_sam, [replace(image_of(0), objects=(known(mask=small),))], settings)
+    kinds = {
+        (prompts[-1] is None, one.key[1] is None) for prompts, one in zip(asked, seen, strict=True)
+    }
+    assert kinds == {(True, True), (False, False)}
+
+
 @pytest.mark.parametrize("given", [[], [replace(image_of(0), objects=())], "boxes"])
 def test_no_mask_at_all_is_refused(small_sam, given):
     if given == "boxes":

@@ -151,6 +151,8 @@ def test_small_boxes_are_seen_in_the_crop_they_are_served_in(anchor):
         view.image, anchor_input(image.read()[y0:y1, x0:x1], view.image.shape[:2])
     )
     assert len(parts[None].view.prompts) == 2
+    whole = [source(anchor, [image]).part(step, whole=True) for step in range(20)]
+    assert {part.key[1] for part in whole} == {None}
 
 
 def anchor_input(pixels, size_hw):
