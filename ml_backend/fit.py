@@ -93,6 +93,7 @@ _PICTURES = 6
 _PICTURE_SIDE = 640
 _PICTURE_OBJECTS = 40
 _CURVE_POINTS = 200
+_IOU_SHARE = 0.1  # of a new step in the average over the last ones
 _LITTLE_DISK_BYTES = 2**24
 _SEED = 0
 _PROMPT_FREE_CHANCE = 0.5
@@ -614,12 +615,17 @@ class _Run:
             earlier = earlier[::2]
         gap = earlier[-1]["step"] - earlier[-2]["step"] if len(earlier) > 1 else 1
         is_due = not earlier or step.step - earlier[-1]["step"] >= gap or step.step == step.steps
+        # A step looks at one image: averaged over steps, the IoU says how far the training is.
+        average = self._progress.get("mean_iou", step.mean_iou)
+        average += _IOU_SHARE * (step.mean_iou - average)
+        point = {"step": step.step, "mean_iou": average, **losses}
         self._progress |= {
             "step": step.step,
             "steps": step.steps,
             "losses": losses,
+            "mean_iou": average,
             "eta_s": _finite(step.eta_s),
-            "curve": [*earlier, {"step": step.step, **losses}] if is_due else earlier,
+            "curve": [*earlier, point] if is_due else earlier,
         }
         self._check()
 

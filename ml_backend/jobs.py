@@ -88,9 +88,9 @@ class Job:
     attempt: int
     """How often it was begun; more than once after the worker was stopped in the middle."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """`phase` in words, `method` and `method_reason`, `step`, `steps`, `losses` by name, `eta_s`,
-    `curve` with the losses of some of the steps, then `judged` and `to_judge`, images; what is not
-    known yet is not there."""
+    """`phase` in words, `method` and `method_reason`, `step`, `steps`, `losses` by name, `mean_iou`
+    as averaged over the last steps, `eta_s`, `curve` with the losses and `mean_iou` of some of the
+    steps, then `judged` and `to_judge`, images; what is not known yet is not there."""
     cancel_requested: bool
     version: int | None
     """The version that it made, also where that one was not promoted."""

@@ -7,15 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Chart", "Dot", "Line", "Tick", "iou_chart", "loss_chart"]
+__all__ = ["Chart", "Dot", "Line", "Tick", "iou_chart", "loss_chart", "progress_chart"]
 
 _WIDTH, _HEIGHT = 480, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 26
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 _TICKS = 4
 _POINTS = 300  # more are not seen
-# Sum first; then SAM's own losses, then those that hold on to the base model.
-_LOSSES = ("total", "focal", "dice", "iou", "projection", "anchor", "contrastive")
+# Sum first; then SAM's own losses and those of full masks, then what holds on to the base model.
+_LOSSES = {
+    "total": "sum",
+    "focal": "focal",
+    "dice": "dice",
+    "bce": "cross-entropy",
+    "soft_iou": "overlap",
+    "iou": "predicted IoU",
+    "free_bce": "cross-entropy, no prompt",
+    "free_soft_iou": "overlap, no prompt",
+    "free_iou": "predicted IoU, no prompt",
+    "projection": "projection",
+    "anchor": "anchor",
+    "contrastive": "contrastive",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +85,60 @@ def loss_chart(curve: object) -> Chart | None:
         curve: A list of `{"step": …, <loss>: …}`, as a version's `curves.json` has it. What is
             not like that is left out.
     """
-    rows = [row for row in curve if isinstance(row, dict)] if isinstance(curve, list) else []
-    rows = [row for row in rows if _number(row.get("step")) is not None]
-    rows = rows[:: -(-len(rows) // _POINTS) or 1]
+    rows = _rows(curve)
     if len(rows) < 2:
         return None
-    steps = [float(row["step"]) for row in rows]
-    names = [name for name in _LOSSES if any(_number(row.get(name)) is not None for row in rows)]
-    values = {name: [_number(row.get(name)) for row in rows] for name in names}
-    highest = max((one for some in values.values() for one in some if one is not None), default=0)
-    y_ticks = _round_numbers(0.0, highest or 1.0)
-    x_ticks = [one for one in _round_numbers(steps[0], steps[-1]) if one.is_integer()]
-    x_range, y_range = (steps[0], steps[-1]), (0.0, y_ticks[-1])
-    return Chart(
+    highest = max((value for key in _LOSSES for value in _known(rows, key)), default=0)
+    return _over_steps(
+        rows,
+        {key: name for key, name in _LOSSES.items() if _known(rows, key)},
         title="Losses of the training by step; lower is better",
+        y_ticks=_round_numbers(0.0, highest or 1.0),
+    )
+
+
+def progress_chart(curve: object) -> Chart | None:
+    """Draw how well masks fit while they are learnt; None for fewer than two steps that say so.
+
+    Args:
+        curve: As `loss_chart` takes it, with `mean_iou`.
+    """
+    rows = _rows(curve)
+    values = _known(rows, "mean_iou")
+    if len(values) < 2:
+        return None
+    return _over_steps(
+        rows,
+        {"mean_iou": "mean IoU"},
+        title="How well masks fit what the training learns from, by step; 1 is perfect",
+        y_ticks=_round_numbers(max(0.0, min(values) - 0.02), min(1.0, max(values) + 0.02)),
+    )
+
+
+def _rows(curve: object) -> list[dict[str, Any]]:
+    """Take the steps of a curve, not more than can be seen."""
+    rows = [row for row in curve if isinstance(row, dict)] if isinstance(curve, list) else []
+    rows = [row for row in rows if _number(row.get("step")) is not None]
+    return rows[:: -(-len(rows) // _POINTS) or 1]
+
+
+def _known(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [value for row in rows if (value := _number(row.get(key))) is not None]
+
+
+def _over_steps(
+    rows: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str],
+    *,
+    title: str,
+    y_ticks: Sequence[float],
+) -> Chart:
+    """Draw what rows have under some keys, each by its name."""
+    steps = [float(row["step"]) for row in rows]
+    x_ticks = [one for one in _round_numbers(steps[0], steps[-1]) if one.is_integer()]
+    x_range, y_range = (steps[0], steps[-1]), (y_ticks[0], y_ticks[-1])
+    return Chart(
+        title=title,
         x_name="step",
         x_ticks=tuple(
             Tick(at=_x(one, x_range), label=f"{one:.0f}")
@@ -93,7 +146,10 @@ def loss_chart(curve: object) -> Chart | None:
             if steps[0] <= one <= steps[-1]
         ),
         y_ticks=tuple(Tick(at=_y(one, y_range), label=f"{one:g}") for one in y_ticks),
-        lines=tuple(_line(name, steps, values[name], x_range, y_range) for name in names),
+        lines=tuple(
+            _line(name, steps, [_number(row.get(key)) for row in rows], x_range, y_range)
+            for key, name in names.items()
+        ),
     )
 
 

@@ -20,7 +20,7 @@ from ml_backend.label_studio import project_number
 from ml_backend.loading import ba_sam_config
 from ml_backend.model import Service
 from ml_backend.registry import ProjectVersions, Version
-from ml_backend.web.charts import Chart, iou_chart, loss_chart
+from ml_backend.web.charts import Chart, iou_chart, loss_chart, progress_chart
 from ml_backend.web.checks import Checked, ProjectFinding, announced_hosts, known_projects
 from ml_backend.web.recent_errors import RecentError
 from sam_ext.image_encoder import resolve_precision
@@ -104,7 +104,7 @@ class JobView:
     """`step 40 of 200`."""
     eta: str
     losses: tuple[tuple[str, float], ...]
-    chart: Chart | None
+    charts: tuple[Chart, ...]
     method: str
     """How it is done, and why that way."""
     hint: str
@@ -156,7 +156,7 @@ class VersionView:
     means: tuple[tuple[str, float], ...]
     scores: tuple[ScoreRow, ...]
     pictures: tuple[PictureRow, ...]
-    chart: Chart | None
+    charts: tuple[Chart, ...]
     left_out: tuple[str, ...]
 
 
@@ -206,7 +206,7 @@ class _Report:
 
     means: Mapping[str, float]
     scores: tuple[ScoreRow, ...]
-    chart: Chart | None
+    charts: tuple[Chart, ...]
 
 
 def overview(
@@ -431,7 +431,7 @@ def _job(job: Job, now: float, service: Service) -> JobView:
         counted=counted,
         eta=f"about {duration(eta_s)} left" if is_running and eta_s else "",
         losses=tuple((name, value) for name, value in losses.items() if value is not None),
-        chart=loss_chart(progress.get("curve")) if is_running else None,
+        charts=_charts(progress.get("curve")) if is_running else (),
         method=_method({"method": job.method, **progress}),
         hint=_hint(job, now, service),
     )
@@ -471,7 +471,7 @@ def _version(version: Version, active: Version | None, url: str | None) -> Versi
         means=tuple(means),
         scores=report.scores,
         pictures=_picture_rows(version, url),
-        chart=report.chart,
+        charts=report.charts,
         left_out=tuple(str(one) for one in manifest.get("left_out") or ()),
     )
 
@@ -534,8 +534,13 @@ def _read_report(folder: Path, _digest: str) -> _Report:
     return _Report(
         means={name: value for name, value in known if _is_share(value)},
         scores=_scores(rows if isinstance(rows, list) else []),
-        chart=loss_chart(curve),
+        charts=_charts(curve),
     )
+
+
+def _charts(curve: object) -> tuple[Chart, ...]:
+    """Draw what a training told of its steps."""
+    return tuple(one for one in (loss_chart(curve), progress_chart(curve)) if one is not None)
 
 
 def _scores(rows: Sequence[object]) -> tuple[ScoreRow, ...]:

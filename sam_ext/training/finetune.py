@@ -230,7 +230,9 @@ def finetune(
         adapted, stable_sam, ba_sam=config.ba_sam, checkpointing=config.gradient_checkpointing
     )
 
-    def backward(module: nn.Module, own: int, generator: torch.Generator) -> dict[str, float]:
+    def backward(
+        module: nn.Module, own: int, generator: torch.Generator
+    ) -> tuple[dict[str, float], float]:
         source = sources[int(torch.randint(len(sources), (), generator=generator))]
         is_free = float(torch.rand((), generator=generator)) < config.prompt_free_chance
         part = source.part(own, whole=is_free)
@@ -243,7 +245,7 @@ def finetune(
             pixels_of(view.image, device), generator=generator, chance=config.strong_chance
         )
         seen: Seen = module(image, token_groups(prompts, device))
-        losses = _losses(seen, view, prompts, config, is_ambiguous=stable_sam is None)
+        losses, mean_iou = _losses(seen, view, prompts, config, is_ambiguous=stable_sam is None)
         total = torch.stack(
             [
                 getattr(config, f"{name.removeprefix('free_')}_weight") * value
@@ -252,7 +254,7 @@ def finetune(
         ).sum()
         fabric.backward(total)
         told = {name: float(value.detach()) for name, value in losses.items()}
-        return told | {"total": float(total.detach())}
+        return told | {"total": float(total.detach())}, float(mean_iou)
 
     last = None
     if run_dir is not None:
@@ -353,8 +355,12 @@ def _losses(
     config: FinetuneConfig,
     *,
     is_ambiguous: bool,
-) -> dict[str, Tensor]:
-    """Measure answers against the masks: the single one, or the best of a single point's three."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Measure answers against the masks: the single one, or the best of a single point's three.
+
+    Returns:
+        The losses, and the mean IoU of what was asked for by a prompt.
+    """
     device = seen.logits.device
     count = len(view.prompts)
     wanted = view.masks.to(device)
@@ -370,7 +376,8 @@ def _losses(
     per_mask = torch.full(asked.shape, math.inf, device=device)
     best = per_mask.masked_scatter(asked, combined.detach()).argmin(1)
     at_best = F.one_hot(best, 4).bool()[asked]
-    errors = (seen.ious[:count][asked] - mask_iou(logits, targets)).square()
+    ious = mask_iou(logits, targets)
+    errors = (seen.ious[:count][asked] - ious).square()
     losses = {
         "bce": bce[at_best].mean(),
         "soft_iou": soft_iou[at_best].mean(),
@@ -383,7 +390,7 @@ def _losses(
         errors = (seen.ious[count:, 0] - mask_iou(free, covered)).square()
         for name, value in (("bce", bce), ("soft_iou", soft_iou), ("iou", errors)):
             losses[f"free_{name}"] = value.mean()
-    return losses
+    return losses, ious[at_best].mean()
 
 
 def _mask_losses(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> tuple[Tensor, Tensor]:

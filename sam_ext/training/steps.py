@@ -41,6 +41,8 @@ class TrainingStep:
     """Steps of the whole run."""
     losses: dict[str, float]
     """This step's losses by name, before they are weighed, and their weighed sum as `total`."""
+    mean_iou: float
+    """Of this step's masks with those that they are to be."""
     eta_s: float
     """Seconds that are left, by the pace since the run was begun or resumed."""
 
@@ -128,7 +130,7 @@ def run_steps(
     sam: Sam,
     branch: nn.Module,
     optimizer: torch.optim.Optimizer,
-    backward: Callable[[nn.Module, int, torch.Generator], dict[str, float]],
+    backward: Callable[[nn.Module, int, torch.Generator], tuple[dict[str, float], float]],
     *,
     steps: int,
     warmup_steps: int,
@@ -147,7 +149,8 @@ def run_steps(
             cosine brings them to 0.
         backward: Given the branch as it is to be called, the step's number among those of all
             devices and a generator that is the step's own, adds gradients to those of the
-            parameters, and returns the losses by name and their weighed sum as `total`.
+            parameters, and returns the losses by name, with their weighed sum as `total`, and the
+            mean IoU.
         steps: Of the whole run.
         warmup_steps: Of these, to begin with.
         gradient_clip: The largest norm.
@@ -170,7 +173,7 @@ def run_steps(
         generator.manual_seed(seed * 1_000_003 + own)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * _pace(step, steps, warmup_steps)
-        losses = backward(module, own, generator)
+        losses, mean_iou = backward(module, own, generator)
         if not math.isfinite(losses["total"]):
             raise ConfigError(
                 f"the loss must be finite, got {losses['total']} at step {step}; "
@@ -185,7 +188,13 @@ def run_steps(
         if on_step is not None:
             pace_s = (time.monotonic() - started) / (step - first_step)
             on_step(
-                TrainingStep(step=step, steps=steps, losses=losses, eta_s=pace_s * (steps - step))
+                TrainingStep(
+                    step=step,
+                    steps=steps,
+                    losses=losses,
+                    mean_iou=mean_iou,
+                    eta_s=pace_s * (steps - step),
+                )
             )
 
 

@@ -236,7 +236,9 @@ def adapt(
     anchored = Kept(max_entries=1024)
     ask_anchor = partial(_anchor_target, anchor, is_ambiguous=stable_sam is None)
 
-    def backward(module: nn.Module, own: int, generator: torch.Generator) -> dict[str, float]:
+    def backward(
+        module: nn.Module, own: int, generator: torch.Generator
+    ) -> tuple[dict[str, float], float]:
         part = parts.part(own)
         flip = FLIPS[int(torch.randint(len(FLIPS), (), generator=generator))]
         view = part.view.flipped(flip)
@@ -317,14 +319,15 @@ def _backward(
     target: _Target,
     config: WesamConfig,
     generator: torch.Generator,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], float]:
     """Add one view's gradients to those of the parameters.
 
     The teacher's part and the student's go back one after the other, so that only one view's
     activations are in memory.
 
     Returns:
-        The losses before they are weighed, and their weighed sum as `total`.
+        The losses before they are weighed, with their weighed sum as `total`, and the mean IoU of
+        the student's masks with those it learns.
     """
     device = target.masks.device
     weak = pixels_of(view.image, device)
@@ -347,11 +350,12 @@ def _backward(
     if is_loose:
         prompts = _loosened(prompts, pseudo, generator)
     seen = module(strong, token_groups(prompts, device))
-    of_student = _student_losses(seen, pseudo, prompts, view, target, config)
+    of_student, mean_iou = _student_losses(seen, pseudo, prompts, view, target, config)
     total += _go_back(fabric, of_student, config)
     for name, value in of_student.items():
         losses[name] = losses[name] + value if name in losses else value
-    return {name: float(value.detach()) for name, value in losses.items()} | {"total": total}
+    told = {name: float(value.detach()) for name, value in losses.items()}
+    return told | {"total": total}, float(mean_iou)
 
 
 def _go_back(fabric: Fabric, losses: Mapping[str, Tensor], config: WesamConfig) -> float:
@@ -394,8 +398,12 @@ def _student_losses(
     view: View,
     target: _Target,
     config: WesamConfig,
-) -> dict[str, Tensor]:
-    """Measure the student against the pseudo masks, the anchor's masks and the drawn boxes."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Measure the student against the pseudo masks, the anchor's masks and the drawn boxes.
+
+    Returns:
+        The losses, and the mean IoU with the pseudo masks.
+    """
     device = pseudo.device
     known = pseudo.flatten(1).any(1)
     single = torch.tensor(
@@ -418,15 +426,20 @@ def _student_losses(
         ("dice", dice[at_best]),
         ("iou", (guessed - ious).square()),
     ):
-        losses[name] = (values * known).sum() / known.sum().clamp(min=1)
+        losses[name] = _mean_where(known, values)
     if config.anchor_weight and config.targets == "teacher":
         losses["anchor"] = 0.5 * dice_loss(student, target.masks.float()).mean()
     if config.projection_weight:
         boxes = view.boxes.to(device)
         has_box = boxes.flatten(1).any(1)
         values = box_projection_loss(student, boxes)
-        losses["projection"] = (values * has_box).sum() / has_box.sum().clamp(min=1)
-    return losses
+        losses["projection"] = _mean_where(has_box, values)
+    return losses, _mean_where(known, ious)
+
+
+def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """Average some of the values [P]; 0 for none."""
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 def _loosened(

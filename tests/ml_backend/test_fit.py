@@ -118,7 +118,11 @@ def test_a_job_ends_as_a_version_that_is_served(place, label_studio):
     assert manifest["prompt_free"] is None
     assert manifest["config"]["steps"] == 3
     curve = json.loads((active.folder / "curves.json").read_text())
-    assert curve == [{"step": step, "dice": 1 / step} for step in (1, 2, 3)]
+    assert curve == [
+        {"step": 1, "dice": 1.0, "mean_iou": pytest.approx(0.6)},
+        {"step": 2, "dice": 1 / 2, "mean_iou": pytest.approx(0.61)},  # a tenth of the way to 0.7
+        {"step": 3, "dice": 1 / 3, "mean_iou": pytest.approx(0.629)},
+    ]
     assert json.loads((active.folder / "judgement.json").read_text())["rows"][0]["value"] == 0.5
     assert set(manifest["pictures"]) == {
         f"{when}-{index}.jpg" for when in ("before", "after") for index in (1, 2)

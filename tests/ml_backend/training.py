@@ -112,7 +112,15 @@ def fake_adapt(sam, images, config, *, run_dir, on_step, stable_sam=None):
             parameter.normal_(std=0.1, generator=generator)
     run_dir.mkdir(exist_ok=True)
     for step in range(1, config.steps + 1):
-        on_step(TrainingStep(step=step, steps=config.steps, losses={"dice": 1 / step}, eta_s=0.0))
+        on_step(
+            TrainingStep(
+                step=step,
+                steps=config.steps,
+                losses={"dice": 1 / step},
+                mean_iou=0.5 + 0.1 * step,
+                eta_s=0.0,
+            )
+        )
     return adapted
 
 

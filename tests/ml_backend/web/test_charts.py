@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ml_backend.web.charts import iou_chart, loss_chart
+from ml_backend.web.charts import iou_chart, loss_chart, progress_chart
 from tests.ml_backend.web.content import curve
 
 
@@ -19,12 +19,35 @@ def test_losses_are_drawn_in_their_plot_area():
     assert points(line.paths[0]) == [(chart.left, chart.top), (chart.right, chart.bottom)]
     assert [tick.label for tick in chart.x_ticks] == ["1", "2", "3"]
     assert [tick.label for tick in chart.y_ticks] == ["0", "0.5", "1", "1.5", "2"]
-    assert (line.name, line.last) == ("total", "0.000")
+    assert (line.name, line.last) == ("sum", "0.000")
 
 
 def test_the_sum_comes_first_and_what_is_unknown_is_left_out():
     rows = [{"step": n, "dice": 0.5, "total": 1.0, "<b>": 1.0, "phase": "x"} for n in (1, 2)]
-    assert [line.name for line in loss_chart(rows).lines] == ["total", "dice"]
+    assert [line.name for line in loss_chart(rows).lines] == ["sum", "dice"]
+
+
+def test_losses_of_full_masks_are_drawn_too():
+    rows = [{"step": n, "total": 1.0, "bce": 0.5, "free_soft_iou": 0.9} for n in (1, 2)]
+    names = [line.name for line in loss_chart(rows).lines]
+    assert names == ["sum", "cross-entropy", "overlap, no prompt"]
+
+
+def test_the_iou_is_drawn_over_the_steps():
+    chart = progress_chart([{"step": n, "mean_iou": 0.6 + n / 100, "dice": 0.1} for n in (0, 10)])
+    (line,) = chart.lines
+    assert (line.name, line.last) == ("mean IoU", "0.700")
+    low, high = chart.y_ticks[0], chart.y_ticks[-1]
+    assert [float(low.label), float(high.label)] == [0.55, 0.75]
+    (left, first), (right, last) = points(line.paths[0])
+    assert (left, right) == (chart.left, chart.right)
+    assert first == pytest.approx(low.at + 0.25 * (high.at - low.at), abs=0.1)
+    assert last == pytest.approx(low.at + 0.75 * (high.at - low.at), abs=0.1)
+
+
+def test_curves_of_versions_before_the_iou_was_kept_have_none():
+    assert progress_chart([{"step": n, "total": 1.0} for n in (1, 2, 3)]) is None
+    assert progress_chart([{"step": n, "mean_iou": math.nan} for n in (1, 2, 3)]) is None
 
 
 @pytest.mark.parametrize("gap", [None, math.nan, math.inf, "1", True])

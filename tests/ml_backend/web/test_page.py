@@ -215,8 +215,9 @@ def test_a_project_with_its_versions(client, versions, checked):
     assert "sloppy box Debris overlap with the true mask 9 0.831 0.781 0.704" in text
     assert "Left out of the training: 1 task 7: a region's label Mitosis" in text
     assert "Roll back to v1" in text
-    # One curve of IoU, and the losses of each version.
-    assert html.count("<svg viewBox") == 4
+    # One curve over all versions, and the losses and the IoU of each one's training.
+    assert html.count("<svg viewBox") == 7
+    assert html.count('aria-label="How well masks fit what the training learns from') == 3
     assert html.count('alt="Task 21 before the training"') == 3
 
 
@@ -228,7 +229,7 @@ def test_jobs_as_they_are(client, service):
     assert '<progress aria-label="progress" value="0.2000">' in html
     assert "Training 1 training Cancel learning · step 40 of 200 · about 5 min left" in text
     assert "Start Training was pressed" in text
-    assert "total 0." in text
+    assert "sum 0." in text
     assert "Training 2 waiting Cancel It waits for job 1: one training runs at a time." in text
     service.jobs.report(1, {"phase": "judging", "judged": 3, "to_judge": 4}, state="judging")
     text = text_of(shown(client))

@@ -336,7 +336,8 @@ def test_a_box_is_measured_by_the_single_mask_and_a_point_by_the_best_of_three()
     ious = torch.zeros(3, 4, requires_grad=True)
     seen = Seen(torch.zeros(2, 1, 1), logits, ious)
     view = a_view([BOX, BOX], masks)
-    losses = module._losses(seen, view, [BOX, POINT, None], config(), is_ambiguous=True)
+    losses, mean_iou = module._losses(seen, view, [BOX, POINT, None], config(), is_ambiguous=True)
+    assert mean_iou.item() == 1.0
     small = math.log1p(math.exp(-5))
     for name in ("bce", "free_bce"):
         assert losses[name].item() == pytest.approx(small, rel=1e-4)
@@ -354,7 +355,7 @@ def test_a_box_is_measured_by_the_single_mask_and_a_point_by_the_best_of_three()
         [False, False, True, False],
         [True, False, False, False],
     ]
-    plain = module._losses(seen, view, [BOX, POINT], config(), is_ambiguous=False)
+    plain, _ = module._losses(seen, view, [BOX, POINT], config(), is_ambiguous=False)
     assert plain["bce"].item() > 10 * small  # the plugin's single mask says nothing of the second
     assert set(plain) == {"bce", "soft_iou", "iou"}
 

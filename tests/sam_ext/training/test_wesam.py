@@ -414,12 +414,13 @@ def test_a_single_point_is_answered_by_the_best_of_three_and_others_by_the_singl
         masks=torch.zeros(1, 8, 8),
     )
     target = wesam._Target(wanted.bool(), torch.zeros(1).long(), torch.zeros(2, 2), True)
-    losses = wesam._student_losses(seen, wanted, [prompt], view, target, config())
+    losses, mean_iou = wesam._student_losses(seen, wanted, [prompt], view, target, config())
     chosen = logits[:, 2 if single else 0]
     assert losses["dice"].item() == pytest.approx(dice_loss(chosen, wanted).item())
     assert losses["anchor"].item() == pytest.approx(0.5 * dice_loss(chosen, wanted).item())
     error = (0.9 - 1.0) ** 2 if single else (0.5 - 0.5) ** 2
     assert losses["iou"].item() == pytest.approx(error, abs=1e-6)
+    assert mean_iou.item() == (1.0 if single else 0.5)
 
 
 def test_a_plugin_takes_part_and_is_not_trained(small_sam):
