@@ -141,6 +141,7 @@ class _TaskImage:
     task_id: int
     read: Callable[[], NDArray[np.uint8]]
     objects: tuple[SupervisedObject, ...]
+    """None of them if it was submitted with nothing on it: there is nothing to label."""
 
 
 def run_job(
@@ -273,7 +274,8 @@ class _Run:
         client, number = self._connect()
         snapshot = self._read_snapshot() or self._take_snapshot(client, number)
         config = parse_label_config(snapshot["label_config"])
-        labelled = self._labelled_images(snapshot, config)
+        annotated = self._annotated_images(snapshot, config)
+        labelled = [image for image in annotated if image.objects]
         learnt_from, judged_by = self._split(labelled, snapshot)
 
         sam = load_base(self._settings)
@@ -282,10 +284,14 @@ class _Run:
         crops = default_crops(base.image_size) if self._settings.sam_crops else None
         way = self._way(labelled, learnt_from, base)
         self._progress |= {"method": way.method, "method_reason": way.reason}
+        is_prompt_free = way.prompt_free_label is not None
+        pictured = judged_by
+        if is_prompt_free:
+            without, held_out = self._split_empty(annotated)
+            learnt_from, judged_by = learnt_from + without, judged_by + held_out[: len(judged_by)]
         self._say("learning")
         adapted = self._adapt(sam, _labelled(learnt_from), way, plugin)
         adapter = self.folder / "adapter.safetensors"
-        is_prompt_free = way.prompt_free_label is not None
         save_adapter(adapted, adapter, base=sam, method=way.method, prompt_free=is_prompt_free)
         del adapted
         self._require_config(client, number, config)
@@ -306,7 +312,7 @@ class _Run:
             prompt_free={name: label for name, label in labels.items() if label is not None},
             on_progress=self._on_judged,
         )
-        pictures = _pictures(served, candidate, judged_by, crops=crops, check=self._check)
+        pictures = _pictures(served, candidate, pictured, crops=crops, check=self._check)
         self._require_config(client, number, config)
         self._check()
         return self._add(
@@ -457,9 +463,9 @@ class _Run:
         temporary.write_text(json.dumps(snapshot))
         temporary.replace(path)
 
-    def _labelled_images(self, snapshot: dict[str, Any], config: LabelConfig) -> list[_TaskImage]:
+    def _annotated_images(self, snapshot: dict[str, Any], config: LabelConfig) -> list[_TaskImage]:
         """Load the images, and read what the labels say of them; one that fails is left out."""
-        labelled, left_out, mask_bytes = [], [], 0
+        annotated, left_out, mask_bytes = [], [], 0
         self._say("loading the images")
         for task in snapshot["tasks"]:
             for tag, item_index, one in _addresses(task, config.images, self._job.project):
@@ -484,9 +490,9 @@ class _Run:
                         if mask_bytes > _MASK_BYTES:
                             found = _without_mask(found)
                     objects.append(found)
-                if objects:
+                if objects or task["annotation"]["result"] == []:
                     name = f"task {task['id']} {tag.name} {item_index or 0}"
-                    labelled.append(
+                    annotated.append(
                         _TaskImage(
                             name=name,
                             task_id=task["id"],
@@ -497,7 +503,7 @@ class _Run:
         for reason in left_out:
             _log.info("job %d leaves out: %s", self._job.id, reason)
         snapshot["left_out"] = left_out
-        return labelled
+        return annotated
 
     def _split(
         self, labelled: Sequence[_TaskImage], snapshot: Mapping[str, Any]
@@ -521,6 +527,14 @@ class _Run:
             [image for image in labelled if image.task_id in set(learnt_from)],
             [image for image in labelled if image.task_id in judged][:_JUDGED_IMAGES],
         )
+
+    def _split_empty(
+        self, annotated: Sequence[_TaskImage]
+    ) -> tuple[list[_TaskImage], list[_TaskImage]]:
+        """Part the images of nothing in those for learning and those for judging."""
+        empty = [image for image in annotated if not image.objects]
+        held_out = [image for image in empty if is_held_out(self._job.project, image.task_id)]
+        return [image for image in empty if image not in held_out], held_out
 
     def _reader(
         self, task: Mapping[str, Any], value_key: str, image: LoadedImage

@@ -29,6 +29,7 @@ ModelName = Literal["candidate", "active", "base"]
 _Embed = Callable[[Crop | None], Embedding]
 
 _ALL = "all"
+_UNION, _EMPTY = "union iou", "left empty"
 _JITTER = 0.2  # of boxes, as `noisy_boxes` takes it
 _FALL = 0.02  # of a label's mean, that is forgiven
 _USEFUL_UNION = 0.5  # mean IoU without a prompt from which on that is worth having
@@ -47,7 +48,8 @@ class JudgementRow:
     measure: str
     """`iou` with the true mask; `box agreement`: IoU of the mask's box with the drawn one; `point
     agreement`: the share of the drawn points that the mask agrees with; `union iou`: IoU with the
-    union of an image's true masks."""
+    union of an image's true masks; `left empty`: 1 for an image without objects in which nothing is
+    found, else 0."""
     label: str
     """The objects' label, or `all`."""
     objects: int
@@ -129,6 +131,7 @@ def judge(
     label all have true masks, and held against their union. If the active model has that mode for
     the same label, the candidate may not fall by more than 0.02 there either. If it has not, and
     the candidate's mean IoU there is at least 0.5, that is a gain by itself: the margin is then 0.
+    In how many images without objects it finds nothing is measured, too, and decides nothing.
 
     Args:
         models: `candidate`, `active` and `base`; the last two may be the same object, which is
@@ -157,7 +160,7 @@ def judge(
     unions = _Unions(models, prompt_free or {})
     distances: list[float] = []
     for done, image in enumerate(images):
-        if image.objects:
+        if image.objects or unions.is_measured:
             pixels = image.read()
             size_hw = (pixels.shape[0], pixels.shape[1])
             questions = _questions(image, size_hw, seed, most_objects)
@@ -197,28 +200,39 @@ class _Unions:
         self, models: Mapping[str, Predictor], prompt_free: Mapping[ModelName, str]
     ) -> None:
         self._models, self._label = models, prompt_free.get("candidate")
-        self._values: dict[str, list[float]] = {
-            name: []
+        asked = [
+            name
             for name in ("candidate", "active")
             if self._label is not None and prompt_free.get(name) == self._label
+        ]
+        self._values: dict[str, dict[str, list[float]]] = {
+            measure: {name: [] for name in asked} for measure in (_UNION, _EMPTY)
         }
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether anybody is asked."""
+        return bool(self._values[_UNION])
 
     def add(self, image: LabelledImage, embed: Mapping[int, _Embed]) -> None:
         """Ask about an image, if what is wanted is known."""
         masks = [one.mask for one in image.objects if one.label == self._label]
         known = [mask for mask in masks if mask is not None]
-        if not known or len(known) < len(masks):
+        if (image.objects and not known) or len(known) < len(masks):
             return
-        wanted = np.logical_or.reduce(known)
-        for name, values in self._values.items():
+        for name in self._values[_UNION]:
             model = self._models[name]
             answer = answer_prompt_free(model, embed[id(model)](None))
-            values.append(iou(answer.mask, wanted))
+            if known:
+                self._values[_UNION][name].append(iou(answer.mask, np.logical_or.reduce(known)))
+            else:
+                self._values[_EMPTY][name].append(float(not answer.instances))
 
     @property
     def means(self) -> dict[str, float]:
         """The mean IoU by model; empty if nothing was measured."""
-        return {name: float(np.mean(values)) for name, values in self._values.items() if values}
+        values = self._values[_UNION]
+        return {name: float(np.mean(found)) for name, found in values.items() if found}
 
     @property
     def rows(self) -> list[JudgementRow]:
@@ -226,12 +240,14 @@ class _Unions:
             JudgementRow(
                 model=name,
                 prompt="nothing",
-                measure="union iou",
+                measure=measure,
                 label=_ALL,
-                objects=len(self._values[name]),
-                value=value,
+                objects=len(found),
+                value=float(np.mean(found)),
             )
-            for name, value in self.means.items()
+            for measure, values in self._values.items()
+            for name, found in values.items()
+            if found
         ]
 
 

@@ -74,6 +74,7 @@ _PROMPTS = {
 _MEASURES = {
     "iou": "overlap with the true mask",
     "union iou": "overlap of all that is found with all true masks",
+    "left empty": "share of empty images left empty",
     "box agreement": "overlap with the drawn box",
     "point agreement": "agreement with the drawn points",
 }

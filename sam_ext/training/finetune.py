@@ -43,7 +43,7 @@ from sam_ext.sam_adapter import SamAdapterConfig, attach_sam_adapter, sam_adapte
 from sam_ext.stable_sam import StableSam
 from sam_ext.training.branch import Branch, Seen, pixels_of, token_groups
 from sam_ext.training.losses import cross_entropy, mask_iou, soft_iou_loss
-from sam_ext.training.parts import MASK_STRIDE, PartSource, View
+from sam_ext.training.parts import MASK_STRIDE, Kept, PartSource, View, empty_view
 from sam_ext.training.robust import noisy_boxes, random_points
 from sam_ext.training.steps import (
     LastStep,
@@ -104,6 +104,9 @@ class FinetuneConfig:
     """None takes `default_sam_adapter`."""
     loss: MaskLoss = "bce"
     """What is added to the soft IoU loss: `balanced bce` for shadows and the like."""
+    prompt_free_loss: MaskLoss = "balanced bce"
+    """The same where the model is asked without a prompt: all objects together may be little of an
+    image, or most of it."""
     bce_weight: float = 1.0
     soft_iou_weight: float = 1.0
     iou_weight: float = 1.0
@@ -111,7 +114,7 @@ class FinetuneConfig:
     prompt_free_chance: float = 0.0
     """How often the model sees a whole image and is also asked without a prompt, for all objects
     together; for projects of one class. Images some of whose objects have no mask are not asked
-    so."""
+    so; those without any object are, and only so: nothing is there to find."""
     policies: tuple[ResolutionPolicy, ...] | None = None
     """At which sizes images are encoded, one drawn for each step; None takes `default_policy`.
     Several are mixed resolutions, which go with `ba_sam`."""
@@ -132,7 +135,11 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", FinetuneMethod), ("loss", MaskLoss)):
+        for name, choices in (
+            ("method", FinetuneMethod),
+            ("loss", MaskLoss),
+            ("prompt_free_loss", MaskLoss),
+        ):
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(
                     f"FinetuneConfig.{name} must be one of {', '.join(get_args(choices))}, "
@@ -174,7 +181,8 @@ def finetune(
 
     Args:
         sam: The model, on the device to train on; it is not changed.
-        images: With what is known of their objects; those without a mask are left out.
+        images: With what is known of their objects; those without a mask are left out. An image
+            without any object is one in which nothing is to be found without a prompt.
         config: The run.
         run_dir: Gets `last.pt` every 20 steps or 30 seconds. Where there is one of the same run, it
             goes on from there, to the same end. None keeps nothing.
@@ -192,6 +200,7 @@ def finetune(
         DataError: If a mask has not its image's size.
         CheckpointError: If `run_dir/last.pt` is of another run, or damaged.
     """
+    empty = [image for image in images if not image.objects and config.prompt_free_chance]
     masked = [_with_masks_only(image) for image in images]
     is_complete = [
         len(one.objects) == len(image.objects)
@@ -225,6 +234,13 @@ def finetune(
         )
         for anchor in anchors
     ]
+    empty_views = Kept(max_entries=128)
+
+    def view_of(number: int, which: int) -> View:
+        return empty_views.get(
+            (number, which), lambda: empty_view(empty[number].read(), anchors[which])
+        )
+
     adapted, optimizer = _prepared(sam, config)
     branch = Branch(
         adapted, stable_sam, ba_sam=config.ba_sam, checkpointing=config.gradient_checkpointing
@@ -233,13 +249,19 @@ def finetune(
     def backward(
         module: nn.Module, own: int, generator: torch.Generator
     ) -> tuple[dict[str, float], float]:
-        source = sources[int(torch.randint(len(sources), (), generator=generator))]
+        which = int(torch.randint(len(sources), (), generator=generator))
         is_free = float(torch.rand((), generator=generator)) < config.prompt_free_chance
-        part = source.part(own, whole=is_free)
+        number = int(torch.randint(len(masked) + len(empty), (), generator=generator))
         flip = FLIPS[int(torch.randint(len(FLIPS), (), generator=generator))]
-        view = _asked_again(part.view.flipped(flip))
-        prompts: list[ObjectPrompt | None] = list(_prompts(view, generator))
-        if is_free and is_complete[part.key[0]]:
+        prompts: list[ObjectPrompt | None] = []
+        if is_free and number < len(empty):
+            view = view_of(number, which).flipped(flip)
+        else:
+            part = sources[which].part(own, whole=is_free)
+            view = _asked_again(part.view.flipped(flip))
+            prompts += _prompts(view, generator)
+            is_free = is_free and is_complete[part.key[0]]
+        if is_free:
             prompts.append(None)
         image = strong_view(
             pixels_of(view.image, device), generator=generator, chance=config.strong_chance
@@ -359,8 +381,36 @@ def _losses(
     """Measure answers against the masks: the single one, or the best of a single point's three.
 
     Returns:
-        The losses, and the mean IoU of what was asked for by a prompt.
+        The losses, and the mean IoU of what was asked for by a prompt, if anything was.
     """
+    losses: dict[str, Tensor] = {}
+    mean_iou = seen.logits.new_zeros(())
+    if view.prompts:
+        losses, mean_iou = _prompted_losses(seen, view, prompts, config, is_ambiguous=is_ambiguous)
+    if len(prompts) > len(view.prompts):
+        covered = view.covered.to(seen.logits.device)[None]
+        free, guessed = seen.logits[len(view.prompts) :, 0], seen.ious[len(view.prompts) :, 0]
+        # Of an image of nothing, the balanced loss would be nothing, too.
+        loss = config.prompt_free_loss if covered.any() else "bce"
+        bce, soft_iou = _mask_losses(free, covered, loss)
+        reached = mask_iou(free, covered) if covered.any() else ~(free > 0).flatten(1).any(1)
+        errors = (guessed - reached.float()).square()
+        for name, value in (("bce", bce), ("soft_iou", soft_iou), ("iou", errors)):
+            losses[f"free_{name}"] = value.mean()
+        if not view.prompts:
+            mean_iou = reached.float().mean()
+    return losses, mean_iou
+
+
+def _prompted_losses(
+    seen: Seen,
+    view: View,
+    prompts: Sequence[ObjectPrompt | None],
+    config: FinetuneConfig,
+    *,
+    is_ambiguous: bool,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Measure the answers to prompts; losses and the mean IoU."""
     device = seen.logits.device
     count = len(view.prompts)
     wanted = view.masks.to(device)
@@ -371,7 +421,7 @@ def _losses(
     asked = torch.stack([~single, *(3 * [single])], 1)  # [P, 4]
     rows = asked.nonzero()[:, 0]
     logits, targets = seen.logits[:count][asked], wanted[rows]
-    bce, soft_iou = _mask_losses(logits, targets, config)
+    bce, soft_iou = _mask_losses(logits, targets, config.loss)
     combined = config.bce_weight * bce + config.soft_iou_weight * soft_iou
     per_mask = torch.full(asked.shape, math.inf, device=device)
     best = per_mask.masked_scatter(asked, combined.detach()).argmin(1)
@@ -383,17 +433,10 @@ def _losses(
         "soft_iou": soft_iou[at_best].mean(),
         "iou": errors.mean(),
     }
-    if len(prompts) > count:
-        covered = view.covered.to(device)[None]
-        free = seen.logits[count:, 0]
-        bce, soft_iou = _mask_losses(free, covered, config)
-        errors = (seen.ious[count:, 0] - mask_iou(free, covered)).square()
-        for name, value in (("bce", bce), ("soft_iou", soft_iou), ("iou", errors)):
-            losses[f"free_{name}"] = value.mean()
     return losses, ious[at_best].mean()
 
 
-def _mask_losses(logits: Tensor, targets: Tensor, config: FinetuneConfig) -> tuple[Tensor, Tensor]:
+def _mask_losses(logits: Tensor, targets: Tensor, loss: MaskLoss) -> tuple[Tensor, Tensor]:
     """Compute both losses of masks [K, H, W]: two of [K]."""
-    bce = cross_entropy(logits, targets, balanced=config.loss == "balanced bce")
+    bce = cross_entropy(logits, targets, balanced=loss == "balanced bce")
     return bce, soft_iou_loss(logits, targets)

@@ -30,6 +30,7 @@ __all__ = [
     "PartSource",
     "PromptChoice",
     "View",
+    "empty_view",
     "five_and_five",
     "prompt_of",
     "with_box_of_points",
@@ -165,7 +166,13 @@ def _assemble(
         )
 
     maps = [_assertions(one.asserted, region, moved, input_size) for one in objects]
-    allowed, required, boxes, masks = (torch.stack(kind) for kind in zip(*maps, strict=True))
+    covered_share = _low_resolution(_resized(covered, region, input_size))
+    nothing = torch.zeros(0, *covered_share.shape)
+    allowed, required, boxes, masks = (
+        (torch.stack(kind) for kind in zip(*maps, strict=True))
+        if maps
+        else (nothing.bool(), nothing.bool(), nothing.bool(), nothing)
+    )
     return View(
         image=np.array(  # copied: torch wants arrays that may be written to
             Image.fromarray(image[y0:y1, x0:x1]).resize((width, height), Image.Resampling.BILINEAR)
@@ -176,8 +183,20 @@ def _assemble(
         required=required,
         boxes=boxes,
         masks=masks,
-        covered=_low_resolution(_resized(covered, region, input_size)),
+        covered=covered_share,
     )
+
+
+def empty_view(image: NDArray[np.uint8], anchor: Predictor) -> View:
+    """Look at an image [H, W, 3] in which nothing is.
+
+    Args:
+        image: Its pixels.
+        anchor: Says how large the image is encoded.
+    """
+    whole = Crop(0, 0, image.shape[1], image.shape[0])
+    input_size = anchor.policy.input_size(whole.size, train_side=anchor.image_size)
+    return _assemble(image, (), whole, input_size, np.zeros(image.shape[:2], np.bool_))
 
 
 def _resized(

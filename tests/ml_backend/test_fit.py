@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -637,6 +638,56 @@ def test_the_judge_knows_who_finds_what_without_prompts(tmp_path, label_studio):
         {"active": "Nucleus"},
         {"candidate": "Nucleus"},
     ]
+
+
+@pytest.mark.parametrize("method", ["lora", "wesam"])
+def test_tasks_submitted_with_nothing_on_them_teach_that_nothing_is_there(
+    tmp_path, label_studio, method
+):
+    outline(label_studio)
+    for number in range(9, 21):
+        add_task(label_studio, number, result=[])
+    judged, learnt = [], []
+
+    def learn(by, sam, images, config, **options):
+        learnt.extend(images)
+        return by(sam, images, config, **options)
+
+    def judge(models, images, **options):
+        judged.extend(images)
+        return fake_judge(models, images, **options)
+
+    methods = replace(
+        METHODS,
+        judge=judge,
+        finetune=partial(learn, fake_finetune),
+        adapt=partial(learn, fake_adapt),
+    )
+    place = Workplace(tmp_path, label_studio, method=method)
+    assert place.run(methods=methods).state == "promoted"
+    manifest = place.versions.active().manifest
+    objects = [len(image.objects) for image in learnt], [len(image.objects) for image in judged]
+    empty = {n for n in range(9, 21) if method == "lora"}
+    held_out = {number for number in empty if is_held_out(PROJECT, number)}
+    assert objects == (
+        [1] * 6 + [0] * len(empty - held_out),
+        [1] * 2 + [0] * min(len(held_out), 2),  # not more than of the others
+    )
+    assert set(manifest["learnt_from"]) == {*range(1, 9)} - {*manifest["judged_by"]} | (
+        empty - held_out
+    )
+    assert {int(name.split()[1]) for name in (image.name for image in judged)} == {
+        *manifest["judged_by"]
+    }
+    assert set(manifest["pictures"].values()) <= {*range(1, 9)}
+
+
+def test_tasks_with_nothing_on_them_are_not_enough(tmp_path, label_studio):
+    for task in label_studio.tasks[:3]:
+        task["annotations"][0]["result"] = []
+    job = Workplace(tmp_path, label_studio).run()
+    assert job.state == "rejected"
+    assert "must have at least 8 tasks with labels, got 5: 3 are missing" in job.reason
 
 
 def test_where_masks_are_missing_all_over_nothing_is_found_without_prompts(tmp_path, label_studio):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,7 +272,9 @@ def finding(sam, *numbers):
 def _found_by_itself(monkeypatch):
     def answer(model, embedding):
         assert embedding.crop is None
-        return SimpleNamespace(mask=model.finds)
+        return SimpleNamespace(
+            mask=model.finds, instances=("a piece",) if model.finds.any() else ()
+        )
 
     monkeypatch.setattr(judging, "answer_prompt_free", answer)
 
@@ -325,6 +328,29 @@ def test_a_candidate_may_not_fall_without_prompts_either(found, labels, promoted
     )
     if not promoted:
         assert "but fell from 0.600 to 0.400 without a prompt." in judgement.sentence
+
+
+@pytest.mark.usefixtures("_found_by_itself")
+def test_images_of_nothing_are_for_who_finds_things_without_prompts():
+    """They change no mean and no decision, but are told of."""
+    candidate, active = finding(answering(3), 0, 1, 2), finding(answering(6))
+    empty = [judged(name=name) for name in ("e", "f")]
+    images = [judged(*(known(i, mask=True) for i in range(4)), name="a")]
+    labels = {"candidate": "cell", "active": "cell"}
+    judgement = decide(candidate, active, active, images + empty, prompt_free=labels)
+    alone = decide(candidate, active, active, images, prompt_free=labels)
+    assert (judgement.means, judgement.sentence) == (alone.means, alone.sentence)
+    more = [row for row in judgement.rows if row not in alone.rows]
+    assert [(row.model, row.measure, row.objects, row.value) for row in more] == [
+        ("candidate", "left empty", 2, 0.0),
+        ("active", "left empty", 2, 1.0),
+    ]
+
+    def unread():
+        raise AssertionError("nobody is asked about it")
+
+    unasked = [replace(one, read=unread) for one in empty]
+    assert decide(candidate, active, active, images + unasked).promoted is True
 
 
 @pytest.mark.usefixtures("_found_by_itself")

@@ -245,6 +245,48 @@ def test_objects_without_a_mask_are_left_out(small_sam, monkeypatch):
     assert all((prompts[-1] is None) == (len(prompts) == 9) for prompts in asked)
 
 
+@pytest.mark.parametrize(("height", "iou"), [(5.0, 0.0), (-5.0, 1.0)])
+def test_where_nothing_is_anything_found_is_wrong(height, iou):
+    logits = torch.full((1, 4, 12, 20), -5.0)
+    logits[0, 0, 3:5, 4:6] = height
+    view = a_view([], torch.zeros(0, 12, 20))
+    seen = Seen(torch.zeros(2, 1, 1), logits, torch.full((1, 4), 0.5))
+    losses, mean_iou = module._losses(seen, view, [None], config(), is_ambiguous=True)
+    assert set(losses) == {"free_bce", "free_soft_iou", "free_iou"}
+    wrong = math.log1p(math.exp(height)) * 4 + math.log1p(math.exp(-5)) * (12 * 20 - 4)
+    assert losses["free_bce"].item() == pytest.approx(wrong / (12 * 20), rel=1e-4)
+    assert losses["free_iou"].item() == pytest.approx(0.25)
+    assert mean_iou.item() == iou
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_without_objects_teach_that_nothing_is_there(small_sam, method):
+    """Bright images hold an ellipse each, dark ones nothing."""
+    dark = [replace(image_of(n), read=lambda: np.full((48, 80, 3), 20, np.uint8)) for n in range(3)]
+    empty = [replace(one, name=f"empty {one.name}", objects=()) for one in dark]
+    settings = config(
+        method=method,
+        steps=60,
+        prompt_free_chance=1.0,
+        decoder_learning_rate=1e-3,
+    )
+    adapted, steps = curve(small_sam, [*images(), *empty], settings)
+    kinds = {frozenset(step.losses) for step in steps}
+    free = {"free_bce", "free_soft_iou", "free_iou", "total"}
+    assert kinds == {frozenset(free), frozenset({"bce", "soft_iou", "iou", *free})}
+    found = {
+        one.name: answer_prompt_free(predictor, predictor.embed(one.read())).mask.mean()
+        for predictor in [Predictor(merge_lora(adapted), policy=policies(SIDE)[0])]
+        for one in (images()[0], empty[0])
+    }
+    assert found["empty 0"] < 0.01 < found["0"]
+    without = config(method=method, steps=4)
+    _, steps = curve(small_sam, [*images(), *empty], without)
+    assert {frozenset(step.losses) for step in steps} == {
+        frozenset({"bce", "soft_iou", "iou", "total"})
+    }
+
+
 def test_without_prompt_whole_images_are_seen_as_they_are_served(small_sam, monkeypatch):
     asked, seen = [], []
     token_groups, part = module.token_groups, module.PartSource.part
@@ -307,7 +349,7 @@ def a_view(prompts, masks):
         required=nothing,
         boxes=nothing,
         masks=masks,
-        covered=masks.amax(0),
+        covered=masks.sum(0).clamp(max=1),
     )
 
 
@@ -339,8 +381,12 @@ def test_a_box_is_measured_by_the_single_mask_and_a_point_by_the_best_of_three()
     losses, mean_iou = module._losses(seen, view, [BOX, POINT, None], config(), is_ambiguous=True)
     assert mean_iou.item() == 1.0
     small = math.log1p(math.exp(-5))
-    for name in ("bce", "free_bce"):
-        assert losses[name].item() == pytest.approx(small, rel=1e-4)
+    assert losses["bce"].item() == pytest.approx(small, rel=1e-4)
+    share = masks.amax(0).mean().item()  # balanced: each side weighs what the other one covers
+    assert losses["free_bce"].item() == pytest.approx(2 * share * (1 - share) * small, rel=1e-4)
+    settings = config(prompt_free_loss="bce")
+    plain, _ = module._losses(seen, view, [BOX, POINT, None], settings, is_ambiguous=True)
+    assert plain["free_bce"].item() == pytest.approx(small, rel=1e-4)
     assert losses["iou"].item() == pytest.approx(2 / 4)  # 1 of the box's one, 1 of three
     assert losses["free_iou"].item() == pytest.approx(1.0)
     sum(losses.values()).backward()
