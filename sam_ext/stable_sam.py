@@ -114,8 +114,10 @@ class StableSam(nn.Module):
             )
         in_its_precision = self.transform(features.to(self.transform.weight.dtype))
         transformed = in_its_precision.to(features.dtype)
-        as_image = transformed.transpose(1, 2).unflatten(2, (height, width))
-        local = self.depthwise(as_image).flatten(2).transpose(1, 2)
+        # The tokens as they lie are an image of channels last; a copy of it would cost more than
+        # the convolution.
+        as_image = transformed.view(objects, height, width, -1).permute(0, 3, 1, 2)
+        local = self.depthwise(as_image).permute(0, 2, 3, 1).reshape(objects, count, -1)
         offsets = self.offset(F.gelu(self.norm(local)))  # [O, H * W, 2], (x, y) in tokens
         shifted = sample_tokens(transformed, offsets, grid_hw)
         if routing is not None:
