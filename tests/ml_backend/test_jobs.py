@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -178,10 +181,40 @@ def test_a_database_that_is_none_is_one_sentence(tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    """A Redis of its own, at a socket in a folder."""
+    server = shutil.which("redis-server")
+    if server is None:
+        if os.environ.get("E2E_REQUIRED") == "1":
+            pytest.fail("E2E_REQUIRED=1, but redis-server is not installed")
+        pytest.skip("redis-server is not installed")
+    folder = tmp_path_factory.mktemp("redis")
+    socket = folder / "redis.sock"
+    process = subprocess.Popen(
+        [server, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", folder],
+        stdout=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 30
+    while not socket.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    yield f"unix://{socket}"
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture(params=["file", "redis"])
+def queue_settings(request, tmp_path):
+    url = request.getfixturevalue("redis_url") if request.param == "redis" else None
+    return Settings(data_dir=tmp_path, queue_url=url)
+
+
 @pytest.fixture
-def queue(tmp_path):
-    queue = JobQueue(Settings(data_dir=tmp_path))
+def queue(queue_settings):
+    queue = JobQueue(queue_settings)
     yield queue
+    queue.clear()
     queue.close()
 
 
@@ -199,10 +232,10 @@ def consume(queue, number):
     return got
 
 
-def test_jobs_come_out_in_their_order_also_in_another_process(queue, tmp_path):
+def test_jobs_come_out_in_their_order_also_in_another_process(queue, queue_settings):
     for number in (3, 1, 2):
         queue.put(number)
-    other = JobQueue(Settings(data_dir=tmp_path))
+    other = JobQueue(queue_settings)
     assert consume(other, 3) == [3, 1, 2]
     other.close()
 
