@@ -72,7 +72,7 @@ from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam
 from sam_ext.training.choice import choose_method
-from sam_ext.training.finetune import FinetuneConfig, finetune
+from sam_ext.training.finetune import PROMPT_FREE_CHANCE, FinetuneConfig, finetune
 from sam_ext.training.steps import TrainingStep
 from sam_ext.training.wesam import WesamConfig, adapt
 
@@ -96,7 +96,6 @@ _CURVE_POINTS = 200
 _IOU_SHARE = 0.1  # of a new step in the average over the last ones
 _LITTLE_DISK_BYTES = 2**24
 _SEED = 0
-_PROMPT_FREE_CHANCE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -600,7 +599,7 @@ class _Run:
             config=FinetuneConfig(
                 method=method,
                 policies=(base.policy,),
-                prompt_free_chance=_PROMPT_FREE_CHANCE if can_find else 0.0,
+                prompt_free_chance=PROMPT_FREE_CHANCE if can_find else 0.0,
                 **shared,
             ),
             prompt_free_label=labels.pop() if can_find else None,

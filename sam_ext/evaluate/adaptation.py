@@ -44,7 +44,12 @@ from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.stable_sam import StableSam, load_stable_sam
 from sam_ext.training.choice import choose_method
 from sam_ext.training.data import CocoFolder
-from sam_ext.training.finetune import FinetuneConfig, FinetuneMethod, finetune
+from sam_ext.training.finetune import (
+    PROMPT_FREE_CHANCE,
+    FinetuneConfig,
+    FinetuneMethod,
+    finetune,
+)
 from sam_ext.training.parts import five_and_five
 from sam_ext.training.wesam import WesamConfig, adapt
 
@@ -643,7 +648,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-free",
         type=float,
-        default=0.5,
+        default=PROMPT_FREE_CHANCE,
         metavar="CHANCE",
         help="how often LoRA and SAM-Adapter learn to answer without a prompt; 0: not at all",
     )

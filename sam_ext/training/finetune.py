@@ -55,6 +55,7 @@ from sam_ext.training.steps import (
 from sam_ext.training.views import FLIPS, strong_view
 
 __all__ = [
+    "PROMPT_FREE_CHANCE",
     "FinetuneConfig",
     "FinetuneMethod",
     "MaskLoss",
@@ -65,6 +66,9 @@ __all__ = [
 
 FinetuneMethod = Literal["sam-adapter", "lora"]
 MaskLoss = Literal["bce", "balanced bce"]
+
+PROMPT_FREE_CHANCE = 0.75
+"""`FinetuneConfig.prompt_free_chance` for a project of one class."""
 
 _LOOSE_BOX = 0.2  # strength of `noisy_boxes`
 _BOXES, _SINGLE_POINTS = 0.5, 0.25  # shares of the prompts; the others are several points
@@ -93,7 +97,7 @@ class FinetuneConfig:
     """None takes `default_finetune_steps`."""
     learning_rate: float = 1e-3
     """Of the adapter or LoRA, after the warm-up; a cosine brings it to 0."""
-    decoder_learning_rate: float = 5e-5
+    decoder_learning_rate: float = 1e-4
     """The same of the decoder and the no-mask embedding."""
     weight_decay: float = 1e-4
     warmup_steps: int = 20

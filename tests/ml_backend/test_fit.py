@@ -27,6 +27,7 @@ from sam_ext.adapters import read_adapter
 from sam_ext.errors import CheckpointError, ConfigError
 from sam_ext.sam import weights_fingerprint
 from sam_ext.stable_sam import StableSam
+from sam_ext.training.finetune import PROMPT_FREE_CHANCE
 from tests.ml_backend.backend import encoded, random_image
 from tests.ml_backend.servers import Answer, FakeLabelStudio
 from tests.ml_backend.training import (
@@ -605,7 +606,9 @@ def test_what_is_found_without_prompts_is_the_one_label_in_use(tmp_path, label_s
     active = place.versions.active()
     wanted = "Debris" if len(labels) == 1 else None
     assert active.prompt_free_label == wanted
-    assert active.manifest["config"]["prompt_free_chance"] == (0 if wanted is None else 0.5)
+    assert active.manifest["config"]["prompt_free_chance"] == (
+        0 if wanted is None else PROMPT_FREE_CHANCE
+    )
     assert read_adapter(active.adapter).prompt_free is (wanted is not None)
 
 
