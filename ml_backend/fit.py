@@ -570,7 +570,7 @@ class _Run:
         asked = self._job.method
         if asked == "auto":
             method, reason = choose_method(
-                images=len(learnt_from), complete=sum(complete), objects=len(objects), masks=masks
+                images=len(learnt_from), objects=len(objects), masks=masks
             )
         elif asked != "wesam" and not masks:
             raise _EndError(

@@ -433,9 +433,7 @@ class _Bench:
     def _chosen(self, chosen: Sequence[int], seed: int) -> _Training:
         """Let `choose_method` choose, as for a project all of whose objects have full masks."""
         objects = sum(len(object_masks(self.train.scene(index))) for index in chosen)
-        method, _ = choose_method(
-            images=len(chosen), complete=len(chosen), objects=objects, masks=objects
-        )
+        method, _ = choose_method(images=len(chosen), objects=objects, masks=objects)
         if method == "wesam":  # which then takes them for rough ones
             return _Training(method, "masks", chosen, replace(self.wesam, seed=seed))
         return self._training(method, chosen, seed)

@@ -1,4 +1,6 @@
-"""`python -m sam_ext.training`: train the bundled checkpoint, resumably, or a plugin for it."""
+"""`python -m sam_ext.training`: train the bundled checkpoint, resumably, or a plugin for it, or
+average checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,14 @@ def main() -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("sam", "stable"),
+        choices=("sam", "stable", "average"),
         default="sam",
-        help="the model itself, or Stable-SAM's plugin for the one that --init names",
+        help="the model itself, Stable-SAM's plugin for the one that --init names, or the average "
+        "of the weights of those that --of names",
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of COCO-format sets")
+    parser.add_argument("--data", type=Path, help="folder of COCO-format sets")
     parser.add_argument("--out", type=Path, required=True, help="run directory; resumes there")
+    parser.add_argument("--of", nargs="+", metavar="MODEL", help="models or checkpoints to average")
     parser.add_argument("--init", help="start from this model or checkpoint, not from nothing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=TINY.config.seed)
@@ -64,7 +68,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if arguments.what == "stable":
+    wanted = "of" if arguments.what == "average" else "data"
+    if getattr(arguments, wanted) is None:
+        parser.error(f"--{wanted} is required for {arguments.what}")
+    if arguments.what == "average":
+        _average(arguments)
+    elif arguments.what == "stable":
         _train_stable(arguments)
     else:
         _train_sam(arguments)
@@ -131,6 +140,17 @@ def _train_sam(arguments: argparse.Namespace) -> None:
     )
     path = arguments.out / f"{TINY.model}.safetensors"
     save_checkpoint(sam, path)
+    _LOG.info("wrote %s", path)
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    """Average weights (Wortsman et al., arXiv:2203.05482), of runs that began at one another's."""
+    sams = [load_sam(one, weights_dir=arguments.out) for one in arguments.of]
+    states = [sam.state_dict() for sam in sams]
+    averaged = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    sams[0].load_state_dict(averaged)
+    path = arguments.out / f"{TINY.model}.safetensors"
+    save_checkpoint(sams[0], path)
     _LOG.info("wrote %s", path)
 
 

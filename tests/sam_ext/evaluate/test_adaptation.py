@@ -198,7 +198,7 @@ def test_auto_has_the_rows_of_what_it_chose(monkeypatch, small_sam, train, test)
     auto = [row for row in rows if row.method == "auto"]
     assert auto == [replace(row, method="auto") for row in own]
     assert len(auto) == 4
-    assert asked == [{"images": 2, "complete": 2, "objects": 2, "masks": 2}]
+    assert asked == [{"images": 2, "objects": 2, "masks": 2}]
     assert {row.trained for row in auto} == {"sam-adapter"}
 
 

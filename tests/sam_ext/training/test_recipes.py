@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ from sam_ext.training import __main__ as command
 from sam_ext.training.data import CocoFolder, SyntheticSource
 from sam_ext.training.recipes import TINY, TINY_MIX, Recipe, open_sources
 from sam_ext.training.robust import train_stable
-from tests.conftest import SMALL
+from tests.conftest import SMALL, build_small_sam
 
 NOT_TO_BE_SHIPPED = {"bsds500", "coco200_panoptic", "wbc", "mt_defect", "cwfid", "carrot_weed_hr"}
 DOMAIN_SHIFT = {"dsb2018_nuclei"}
@@ -110,3 +111,22 @@ def test_the_command_trains_a_plugin_that_lies_beside_its_model(
     command.main()
     assert seen[1].stage.sizes == (64,)
     assert load_stable_sam(path, base=weights_fingerprint(stored)).router is None
+
+
+def test_the_command_averages_checkpoints(tmp_path, monkeypatch, capsys):
+    sams = [build_small_sam(seed) for seed in (0, 1, 2)]
+    files = [str(tmp_path / f"{number}.safetensors") for number in range(3)]
+    for sam, file in zip(sams, files, strict=True):
+        save_checkpoint(sam, Path(file), dtype=torch.float32)
+    arguments = ["x", "average", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--of", *files])
+    command.main()
+    averaged = load_sam(str(tmp_path / "out" / "tiny.safetensors"), weights_dir=tmp_path)
+    states = [sam.state_dict() for sam in sams]
+    for name, value in averaged.state_dict().items():
+        wanted = sum(state[name] for state in states) / 3
+        torch.testing.assert_close(value, wanted, atol=1e-3, rtol=1e-3)  # in half precision
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--of is required for average" in capsys.readouterr().err
