@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,16 +21,24 @@ _SHIFTED = ("dsb2018_nuclei", "wbc", "mt_defect", "cwfid")
 """Sets that `tiny` was not trained on, with images to adapt to."""
 
 README_TABLES: dict[str, tuple[str, ...]] = {
-    "prompts": (
-        "prompts --data DIR/coco200_panoptic --split val",
-        "prompts --data DIR/feralcat",
-        "prompts --data DIR/bsds500 --primary",
-        "prompts --data DIR/dsb2018_nuclei",
-        "prompts --data DIR/treepheno_hr",
-        "prompts --data DIR/carrot_weed_hr",
+    "prompts": tuple(
+        f"prompts --data DIR/{name} --prompts 'tight box;center point'{more}"
+        for name, more in (
+            ("coco200_panoptic", " --split val"),
+            ("feralcat", ""),
+            ("bsds500", " --primary"),
+            ("dsb2018_nuclei", ""),
+            ("treepheno_hr", ""),
+            ("carrot_weed_hr", ""),
+        )
+    ),
+    "sloppy": (
+        "prompts --data DIR/coco200_panoptic --split val --limit 40 --seed 0",
+        "prompts --data DIR/bsds500 --primary --limit 40 --seed 0",
+        *(f"prompts --data DIR/{name} --limit 16 --seed 0" for name in _SHIFTED),
     ),
     "resolution": (
-        "resolution --data DIR/coco200_panoptic --split val",
+        "resolution --data DIR/coco200_panoptic --split val --limit 40 --seed 0",
         "resolution --data DIR/bsds500 --primary --limit 40 --seed 0",
         "resolution --data DIR/treepheno_hr",
         "resolution --data DIR/carrot_weed_hr",
@@ -43,8 +52,8 @@ README_TABLES: dict[str, tuple[str, ...]] = {
         for labels in ("box", "point")
     },
     "masks": tuple(
-        f"adaptation --train DIR/{name} --test DIR/{name} --images 10,30,all{crowded}"
-        for name, crowded in zip(_SHIFTED, (" --limit 60", "", "", ""), strict=True)
+        f"adaptation --train DIR/{name} --test DIR/{name} --images 10,30,all --limit {limit}"
+        for name, limit in zip(_SHIFTED, (24, 60, 60, 60), strict=True)
     ),
 }
 """By name the command lines whose rows make a table; DIR is the folder of the sets."""
@@ -94,7 +103,7 @@ def measure_all(
         done: list[str] = []
         rows: list[Any] = []
         for line in lines:
-            table, *arguments = line.split()
+            table, *arguments = shlex.split(line)
             module, parser = TABLES[table], argparse.ArgumentParser()
             module.add_arguments(parser)
             arguments = [str(data / a[4:]) if a.startswith("DIR/") else a for a in arguments]

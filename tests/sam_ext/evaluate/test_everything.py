@@ -1,6 +1,7 @@
 import argparse
 import json
 import re
+import shlex
 
 import cv2
 import pytest
@@ -116,7 +117,7 @@ def test_the_readmes_tables_say_which_file_they_are_from(name):
 
 @pytest.mark.parametrize("line", [line for lines in README_TABLES.values() for line in lines])
 def test_every_command_line_is_one(line):
-    table, *arguments = line.split()
+    table, *arguments = shlex.split(line)
     parser = argparse.ArgumentParser()
     TABLES[table].add_arguments(parser)
     parser.parse_args(arguments)
