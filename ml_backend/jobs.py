@@ -182,6 +182,10 @@ class JobStore:
         """List the jobs that wait for the worker, the oldest first."""
         return self._select("WHERE state = 'queued' ORDER BY id")
 
+    def under_way(self) -> list[Job]:
+        """List the jobs that the worker is at."""
+        return self._select("WHERE state IN ('running', 'judging') ORDER BY id")
+
     def cancel(self, job_id: int) -> Job:
         """Ask for a job's end: at once if it waits, after its step if it runs, else no change.
 

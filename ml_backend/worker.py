@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _NICENESS = 5  # clicks come first, but a training is no idle pastime
 _POLL_S = 0.2
+_LOST_S = 60.0  # a job that is due for so long while nothing is done is no more in the queue
 _LONGEST_DEBOUNCE = 10  # times TRAIN_DEBOUNCE_S: somebody is always annotating
 
 
@@ -50,8 +51,12 @@ def run_worker(settings: Settings) -> None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: stop.set())
             _log.info("the worker waits for jobs (process %d)", os.getpid())
+            looked_at = time.monotonic()
             while not stop.is_set():
                 time.sleep(_POLL_S)
+                if time.monotonic() - looked_at >= _LOST_S:
+                    worker.put_lost_again()
+                    looked_at = time.monotonic()
         worker.queue.close()
     finally:
         lock.release()
@@ -126,11 +131,26 @@ class Worker:
         for job in self.jobs.queued():
             self.queue.put(job.id)
 
+    def put_lost_again(self) -> None:
+        """Queue again what is due for long while nothing is done: a Redis may forget what it had.
+
+        A job that comes out of the queue twice is done once.
+        """
+        try:
+            if self.jobs.under_way():
+                return
+            for job in self.jobs.queued():
+                if time.time() - self._due_at(job) >= _LOST_S:
+                    _log.warning("job %d was not in the queue any more; it is again", job.id)
+                    self.queue.put(job.id)
+        except JobsUnavailableError as error:
+            _log.warning("%s", error)
+
     def work(self, job_id: int) -> None:
         """Do a job, or put it off as long as people annotate."""
         try:
             job = self.jobs.get(job_id)
-            if (delay_s := self._delay_s(job)) > 0:
+            if (delay_s := self._due_at(job) - time.time()) > 0:
                 self.queue.put(job.id, delay_s=delay_s)
                 return
             run_job(
@@ -152,9 +172,10 @@ class Worker:
         finally:
             torch.cuda.empty_cache()  # the service may be on the same card; nothing without one
 
-    def _delay_s(self, job: Job) -> float:
+    def _due_at(self, job: Job) -> float:
+        """When a job is to begin, in seconds since 1970."""
         if job.trigger != "annotations" or job.attempt:
-            return 0.0
-        now, pause_s = time.time(), self._settings.train_debounce_s
+            return job.created_at
+        pause_s = self._settings.train_debounce_s
         quiet_at = (self.jobs.last_annotation_at(job.project) or 0.0) + pause_s
-        return min(quiet_at, job.created_at + _LONGEST_DEBOUNCE * pause_s) - now
+        return max(min(quiet_at, job.created_at + _LONGEST_DEBOUNCE * pause_s), job.created_at)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ml_backend import worker as module
 from ml_backend.errors import JobsUnavailableError, SettingsError
@@ -123,6 +124,58 @@ def test_a_job_of_many_annotations_waits_for_quiet(
     else:
         assert worker.queue.puts == [(job.id, pytest.approx(delay_s))]
         assert worker.jobs.get(job.id).state == "queued"
+
+
+def test_a_job_that_the_queue_lost_is_put_there_again(worker, monkeypatch, caplog):
+    """Of those that wait, what is due for a minute; and only while nothing is done."""
+    worker.queue = FakeQueue()
+    jobs = worker.jobs
+    lost = jobs.create(PROJECT, "start_training")
+    debounced = jobs.create("2.1795194739", "annotations")
+    jobs.note_annotation("2.1795194739", 1)
+    worker.put_lost_again()
+    assert worker.queue.puts == []  # they may be there yet
+    clock = lost.created_at + 61
+    monkeypatch.setattr(module.time, "time", lambda: clock)
+    running = jobs.create("3.1795194739", "start_training")
+    jobs.start(running.id)
+    worker.put_lost_again()
+    assert worker.queue.puts == []
+    jobs.finish(running.id, "failed", "")
+    worker.put_lost_again()
+    assert worker.queue.puts == [(lost.id, 0.0)]
+    clock = lost.created_at + 125  # a minute to be quiet, and a minute more
+    worker.put_lost_again()
+    assert worker.queue.puts[1:] == [(lost.id, 0.0), (debounced.id, 0.0)]
+    assert f"job {lost.id} was not in the queue any more; it is again" in caplog.text
+
+    def refuse(job_id):
+        raise JobsUnavailableError("Redis is away")
+
+    monkeypatch.setattr(worker.queue, "put", refuse)
+    worker.put_lost_again()
+    assert "Redis is away" in caplog.text
+
+
+def test_a_worker_looks_for_what_was_lost(settings, monkeypatch):
+    monkeypatch.setattr(module, "_LOST_S", 0.05)
+    looked = threading.Event()
+    monkeypatch.setattr(Worker, "put_lost_again", lambda worker: looked.set())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    nice, threads = os.nice(0), torch.get_num_threads()
+    killer = threading.Thread(
+        target=lambda: looked.wait(PATIENCE_S) and os.kill(os.getpid(), signal.SIGTERM)
+    )
+    killer.start()
+    try:
+        monkeypatch.setattr(os, "nice", lambda _: nice)
+        run_worker(settings)
+    finally:
+        killer.join()
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert looked.is_set()
 
 
 def test_a_job_that_was_asked_for_waits_for_nobody(worker):
