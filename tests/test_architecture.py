@@ -12,6 +12,7 @@ import pytest
 
 from ml_backend.cli import app
 from ml_backend.settings import Settings
+from sam_ext.predictor import Predictor
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -101,6 +102,21 @@ def test_modelling_code_needs_neither_label_studio_nor_flask():
     assert process.returncode == 0, process.stderr
     loaded = {name.split(".")[0] for name in process.stdout.split()}
     assert not loaded & {"ml_backend", *OF_LABEL_STUDIO}
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """Block after block, as in one session; with fewer steps, and files in a folder of its own."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    code = "\n".join(blocks).replace("steps=100", "steps=1")
+    code = code.replace("cats.safetensors", str(tmp_path / "cats.safetensors"))
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {}
+    exec(compile(code, str(README), "exec"), names)
+    assert (tmp_path / "cats.safetensors").is_file()
+    assert names["mask"].shape == names["image"].shape[:2]
+    assert names["mask"].any()
+    assert names["predictor"].fingerprint != Predictor(names["sam"]).fingerprint
 
 
 def test_every_setting_is_in_the_readmes_table():
