@@ -259,7 +259,7 @@ def _questions(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     jittered = partial(_jittered, image_hw=image_hw, generator=generator)
     questions = []
-    every = -(-len(image.objects) // most_objects) if most_objects else 1
+    every = max(1, -(-len(image.objects) // most_objects)) if most_objects else 1
     for one in image.objects[::every]:
         ask = partial(_Question, label=one.label)
         if one.mask is not None and one.mask.any():

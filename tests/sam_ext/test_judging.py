@@ -337,7 +337,9 @@ def test_images_of_nothing_are_for_who_finds_things_without_prompts():
     empty = [judged(name=name) for name in ("e", "f")]
     images = [judged(*(known(i, mask=True) for i in range(4)), name="a")]
     labels = {"candidate": "cell", "active": "cell"}
-    judgement = decide(candidate, active, active, images + empty, prompt_free=labels)
+    judgement = decide(
+        candidate, active, active, images + empty, prompt_free=labels, most_objects=20
+    )
     alone = decide(candidate, active, active, images, prompt_free=labels)
     assert (judgement.means, judgement.sentence) == (alone.means, alone.sentence)
     more = [row for row in judgement.rows if row not in alone.rows]
