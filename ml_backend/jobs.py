@@ -275,7 +275,7 @@ class JobStore:
         Returns:
             The jobs that were found running, as they are now.
         """
-        left = self._select("WHERE state IN ('running', 'judging') ORDER BY id")
+        left = self.under_way()
         for job in left:
             self._write(
                 "UPDATE jobs SET stalled = CASE WHEN best_step > step_at_start THEN 0 "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import skip_for_want_of
 from tests.e2e.support import LABEL_STUDIO, ROOT, Demo
 
 _CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -24,16 +25,10 @@ _CHROMIUM_ARGS = (
 )
 
 
-def _skip(reason: str) -> None:
-    if os.environ.get("E2E_REQUIRED") == "1":
-        pytest.fail(f"E2E_REQUIRED=1, but {reason}")
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory):
     if not LABEL_STUDIO.is_file():
-        _skip("Label Studio is not installed; `make test` installs it")
+        skip_for_want_of("Label Studio is not installed; `make test` installs it")
     demo = Demo(tmp_path_factory.mktemp("demo"))
     demo.start()
     yield demo
@@ -47,7 +42,9 @@ def chromium() -> str:
     if not found and sys.platform == "darwin" and Path(_MAC_CHROME).exists():
         found = _MAC_CHROME
     if not found:
-        _skip(f"none of {', '.join(_CHROMIUM_NAMES)} is installed; install one, or set CHROMIUM")
+        skip_for_want_of(
+            f"none of {', '.join(_CHROMIUM_NAMES)} is installed; install one, or set CHROMIUM"
+        )
     return found
 
 
