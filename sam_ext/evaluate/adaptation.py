@@ -568,49 +568,56 @@ def _cell(rows: Sequence[AdaptationRow]) -> str | None:
 
 
 def plot_adaptation(rows: Sequence[AdaptationRow], path: Path) -> None:
-    """Draw IoU into an image file, the mean over seeds, for each kind of prompt.
+    """Draw IoU into an image file, the mean over seeds: a panel for each set and kind of prompt.
 
     Over the number of training images, a line a method; a bar each where there is one number only.
 
     Raises:
         ConfigError: If matplotlib is not installed.
     """
-    names = {"nothing": "without prompt", "grid": "without prompt"}
-    kinds = list(dict.fromkeys(names.get(row.prompt, row.prompt) for row in rows))
-    counts = sorted({row.images for row in rows if row.images}) or [0]
+    places = list(dict.fromkeys((row.dataset, row.split) for row in rows))
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))
     methods = list(dict.fromkeys(_column(row) for row in rows))
-    figure = new_figure(4 * len(kinds) + 1, 4)
-    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        for place, method in enumerate(methods):
-            reached = {
-                count: [
-                    row.miou
-                    for row in rows
-                    if (names.get(row.prompt, row.prompt), _column(row)) == (kind, method)
-                    and row.images in (0, count)
-                ]
-                for count in counts
-            }
-            known = [count for count in counts if reached[count]]
-            heights = [float(np.mean(reached[count])) for count in known]
-            style = "--" if method == "direct" else "-"
-            if len(counts) > 1:
-                axes.plot(known, heights, style, marker="o", label=method)
-            else:
-                axes.bar([place] * len(known), heights, label=method)
-        if len(counts) > 1:
-            axes.set(xscale="log", xlabel="training images")
-            axes.set_xticks(counts, [str(count) for count in counts])
-            axes.minorticks_off()
-        else:
-            axes.set_xticks([])
-        axes.set(title=kind)
-        axes.grid(axis="y", alpha=0.3)
-    figure.axes[0].set(ylabel="IoU")
+    figure = new_figure(3.2 * len(kinds) + 1.6, 2.8 * len(places) + 0.4)
+    panels = figure.subplots(len(places), len(kinds), squeeze=False, sharey="row")
+    for place, line in zip(places, panels, strict=True):
+        here = [row for row in rows if (row.dataset, row.split) == place]
+        for kind, axes in zip(kinds, line, strict=True):
+            _draw_panel(axes, [row for row in here if _kind(row) == kind], methods)
+            axes.set(title=kind if axes in panels[0] else "")
+        line[0].set(ylabel=f"{' '.join(place)}\nIoU")
     handles, texts = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, texts, fontsize=8, loc="outside right upper")
-    figure.suptitle(f"{rows[0].dataset} {rows[0].split}")
     figure.savefig(path)
+
+
+def _draw_panel(axes: Any, rows: Sequence[AdaptationRow], methods: Sequence[str]) -> None:
+    """Draw one set's rows of one kind of prompt; each method has its colour in all panels."""
+    counts = sorted({row.images for row in rows if row.images}) or [0]
+    for place, method in enumerate(methods):
+        reached = {
+            count: [row.miou for row in rows if _column(row) == method and row.images in (0, count)]
+            for count in counts
+        }
+        known = [count for count in counts if reached[count]]
+        heights = [float(np.mean(reached[count])) for count in known]
+        look = {"label": method, "color": f"C{place}"}
+        if len(counts) > 1:
+            style = "--" if method == "direct" else "-"
+            axes.plot(known, heights, style, marker="o", markersize=4, **look)
+        else:
+            axes.bar([place] * len(known), heights, **look)
+    if len(counts) > 1:
+        axes.set(xscale="log", xlabel="training images")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+    else:
+        axes.set_xticks([])
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _kind(row: AdaptationRow) -> str:
+    return "without prompt" if row.prompt in ("nothing", "grid") else row.prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,9 @@ def measure_all(
     out: Path,
     model_arguments: Sequence[str] = (),
 ) -> list[Path]:
-    """Measure tables, each into files of its name: `.jsonl`, `.md`, and a `.png` for each set.
+    """Measure tables, each into files of its name: `.jsonl`, `.md`, and plots.
+
+    Adaptation has one plot of all sets, the others one for each.
 
     What is in a `.jsonl` already is not measured again.
 
@@ -114,10 +116,13 @@ def measure_all(
                 continue
             console.print(f"{name}: python -m sam_ext.evaluate {line}", soft_wrap=True)
             options.rows = out / f"{name}.jsonl"
-            options.plot = out / f"{name}-{folder.name}.png"
+            # Adaptation's sets stand in one plot, below.
+            options.plot = None if table == "adaptation" else out / f"{name}-{folder.name}.png"
             out.mkdir(parents=True, exist_ok=True)
             rows += module.run(options)
             done.append(f"`python -m sam_ext.evaluate {line}`")
+            if table == "adaptation":
+                adaptation.plot_adaptation(rows, out / f"{name}.png")
             kept = RowFile(options.rows, type(rows[0])).measured
             used = [one for one in kept if set(one.rows) & set(rows)]
             file = out / f"{name}.md"

@@ -359,7 +359,7 @@ def test_the_markdown_tables_are_means_over_seeds_by_method_and_number_of_images
 @pytest.mark.parametrize(
     "counts", [pytest.param((10, 30), id="lines"), pytest.param((10,), id="bars")]
 )
-def test_the_plot_has_a_panel_for_each_kind_of_prompt(monkeypatch, tmp_path, counts):
+def test_the_plot_has_a_panel_for_each_set_and_kind_of_prompt(monkeypatch, tmp_path, counts):
     figures = []
 
     def figure(width, height):
@@ -370,10 +370,14 @@ def test_the_plot_has_a_panel_for_each_kind_of_prompt(monkeypatch, tmp_path, cou
     rows = [row("direct"), row("direct", "grid", **MAPS)]
     rows += [row("lora", images=count, miou=count / 100) for count in counts]
     rows += [row("lora", "nothing", images=count, **MAPS) for count in counts]
+    rows += [row("direct", dataset="other", miou=0.2), row("lora", dataset="other", miou=0.3)]
     plot_adaptation(rows, tmp_path / "p.png")
     assert cv2.imread(str(tmp_path / "p.png")).shape[1] > 300
-    boxes, unasked = figures[0].axes
-    assert [axes.get_title() for axes in figures[0].axes] == ["box", "without prompt"]
+    boxes, unasked, other, nothing = figures[0].axes
+    assert [axes.get_title() for axes in figures[0].axes] == ["box", "without prompt", "", ""]
+    assert [axes.get_ylabel() for axes in (boxes, other)] == ["set test\nIoU", "other test\nIoU"]
+    assert [bar.get_height() for bar in other.patches] == [0.2, 0.3]
+    assert not nothing.patches
     if len(counts) > 1:
         direct, lora = boxes.lines
         assert direct.get_ydata().tolist() == [0.5, 0.5]

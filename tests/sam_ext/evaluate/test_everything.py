@@ -45,7 +45,7 @@ def test_a_table_is_all_its_commands_rows_with_commands_and_provenance(
     assert files == [out / "sizes.md", out / "labels.md"]
     assert {path.name for path in out.iterdir()} == {
         *("sizes.md", "sizes.jsonl", "sizes-a.png", "sizes-b.png"),
-        *("labels.md", "labels.jsonl", "labels-a.png"),
+        *("labels.md", "labels.jsonl", "labels.png"),
     }
     table, commands, measured = files[0].read_text().split("\n\n")
     lines = table.splitlines()
