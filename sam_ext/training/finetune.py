@@ -272,14 +272,13 @@ def finetune(
         )
         seen: Seen = module(image, token_groups(prompts, device))
         losses, mean_iou = _losses(seen, view, prompts, config, is_ambiguous=stable_sam is None)
-        total = torch.stack(
-            [
-                getattr(config, f"{name.removeprefix('free_')}_weight") * value
-                for name, value in losses.items()
-            ]
-        ).sum()
+        weighed = {
+            name: getattr(config, f"{name.removeprefix('free_')}_weight") * value
+            for name, value in losses.items()
+        }
+        total = torch.stack(list(weighed.values())).sum()
         fabric.backward(total)
-        told = {name: float(value.detach()) for name, value in losses.items()}
+        told = {name: float(value.detach()) for name, value in weighed.items()}
         return told | {"total": float(total.detach())}, float(mean_iou)
 
     last = None

@@ -40,7 +40,7 @@ class TrainingStep:
     steps: int
     """Steps of the whole run."""
     losses: dict[str, float]
-    """This step's losses by name, before they are weighed, and their weighed sum as `total`."""
+    """This step's losses by name, each times its weight, and their sum as `total`."""
     mean_iou: float
     """Of this step's masks with those that they are to be."""
     eta_s: float

@@ -334,15 +334,14 @@ def _backward(
     strong = strong_view(weak, generator=generator, chance=config.strong_chance)
     pseudo = view.masks.to(device)
     losses: dict[str, Tensor] = {}
-    total = 0.0
     if config.targets == "teacher":
         learns = config.anchor_weight > 0 or config.contrastive_weight > 0
         with torch.set_grad_enabled(learns):
             seen: Seen = module(weak, token_groups(view.teacher_prompts, device))
             teacher = chosen_masks(seen.logits, target.token)
-            losses = _teacher_losses(seen, teacher, target, config)
+            losses = _weighed(_teacher_losses(seen, teacher, target, config), config)
         if learns:
-            total += _go_back(fabric, losses, config)
+            fabric.backward(_sum(losses))
         pseudo = _pseudo_masks(teacher.detach() > 0, view, target, config)
         del seen, teacher
     prompts = view.prompts
@@ -351,20 +350,20 @@ def _backward(
         prompts = _loosened(prompts, pseudo, generator)
     seen = module(strong, token_groups(prompts, device))
     of_student, mean_iou = _student_losses(seen, pseudo, prompts, view, target, config)
-    total += _go_back(fabric, of_student, config)
+    of_student = _weighed(of_student, config)
+    fabric.backward(_sum(of_student))
     for name, value in of_student.items():
         losses[name] = losses[name] + value if name in losses else value
     told = {name: float(value.detach()) for name, value in losses.items()}
-    return told | {"total": total}, float(mean_iou)
+    return told | {"total": float(_sum(losses).detach())}, float(mean_iou)
 
 
-def _go_back(fabric: Fabric, losses: Mapping[str, Tensor], config: WesamConfig) -> float:
-    """Add the gradients of the weighed sum of losses; return the sum."""
-    weighed = torch.stack(
-        [getattr(config, f"{name}_weight") * value for name, value in losses.items()]
-    ).sum()
-    fabric.backward(weighed)
-    return float(weighed.detach())
+def _weighed(losses: Mapping[str, Tensor], config: WesamConfig) -> dict[str, Tensor]:
+    return {name: getattr(config, f"{name}_weight") * value for name, value in losses.items()}
+
+
+def _sum(losses: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum()
 
 
 def _teacher_losses(

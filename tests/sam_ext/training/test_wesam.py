@@ -155,14 +155,18 @@ def test_a_loss_that_is_switched_off_is_not_there(small_sam, off, left):
     assert set(steps[0].losses) == {*left, "total"}
 
 
-def test_the_total_is_the_weighed_sum(small_sam):
+def test_losses_are_told_as_they_are_weighed_and_the_total_is_their_sum(small_sam):
     weights = {"focal": 3.0, "dice": 0.5, "iou": 2.0, "anchor": 0.25, "contrastive": 1.5}
     weights["projection"] = 0.75
-    settings = config(**{f"{name}_weight": weight for name, weight in weights.items()})
-    _, steps = curve(small_sam, images(), settings)
-    for step in steps:
-        wanted = sum(weights[name] * step.losses[name] for name in weights)
-        assert step.losses["total"] == pytest.approx(wanted, rel=1e-5)
+    heavy = config(steps=1, **{f"{name}_weight": weight for name, weight in weights.items()})
+    light = config(steps=1, **{f"{name}_weight": 1.0 for name in weights})
+    (_, [weighed]), (_, [plain]) = (curve(small_sam, images(), one) for one in (heavy, light))
+    for name, weight in weights.items():  # of the first step, before anything was learnt
+        assert weighed.losses[name] == pytest.approx(weight * plain.losses[name], rel=1e-4), name
+    assert any(value > 0 for value in plain.losses.values())
+    for step in (weighed, plain):
+        parts = sum(value for name, value in step.losses.items() if name != "total")
+        assert step.losses["total"] == pytest.approx(parts, rel=1e-5)
 
 
 def test_the_teacher_alone_is_held_to_the_anchor_and_learns_from_it(small_sam):
