@@ -7,6 +7,7 @@ queue, and a message that comes twice, or for a job that is over, does nothing.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 import time
@@ -36,6 +37,9 @@ UNFINISHED: tuple[JobState, ...] = ("queued", "running", "judging")
 _BUSY_S = 5.0
 _STALLED_ATTEMPTS = 3
 _IDLE_POLL_S = 2.0  # a queue in a file is looked at, it does not call
+
+_QUEUE_ERRORS = (HueyException, OSError, RedisError, sqlite3.Error)
+_AWAY_S = 60.0
 
 _METHOD_COLUMN = "method TEXT NOT NULL DEFAULT 'auto'"
 _SCHEMA = f"""
@@ -412,11 +416,17 @@ class JobQueue:
         """
         self._run = run
         consumer = self._huey.create_consumer(workers=1, periodic=False, max_delay=_IDLE_POLL_S)
+        away = _AwayFilter()
+        loggers = [logging.getLogger(f"huey.consumer.{name}") for name in ("Worker", "Scheduler")]
+        for logger in loggers:
+            logger.addFilter(away)
         consumer.start()
         try:
             yield
         finally:
             consumer.stop(graceful=True)
+            for logger in loggers:
+                logger.removeFilter(away)
 
     def close(self) -> None:
         """Let go of the file, or of Redis; a later use opens it again."""
@@ -430,8 +440,28 @@ class JobQueue:
     def _queue_errors(self) -> Iterator[None]:
         try:
             yield
-        except (HueyException, OSError, RedisError, sqlite3.Error) as error:
+        except _QUEUE_ERRORS as error:
             raise JobsUnavailableError(
                 f"the job queue must take and give, got: {error}; check QUEUE_URL, or that "
                 "DATA_DIR can be written to"
             ) from error
+
+
+class _AwayFilter(logging.Filter):
+    """Says in a sentence a minute that the queue is away; huey logs a traceback every second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at = -_AWAY_S
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Shorten what is about the queue, or leave it out; anything else stays."""
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, _QUEUE_ERRORS):
+            return True
+        if record.created - self._said_at < _AWAY_S:
+            return False
+        self._said_at = record.created
+        record.msg, record.args = "the job queue is away (%s); jobs wait until it is back", (error,)
+        record.exc_info = record.exc_text = None
+        return True

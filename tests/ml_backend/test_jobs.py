@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sqlite3
 import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -181,25 +183,32 @@ def test_a_database_that_is_none_is_one_sentence(tmp_path):
     )
 
 
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory):
-    """A Redis of its own, at a socket in a folder."""
+@contextmanager
+def redis_at(socket):
+    """Run a Redis of its own at a socket."""
     server = shutil.which("redis-server")
     if server is None:
         skip_for_want_of("redis-server is not installed")
-    folder = tmp_path_factory.mktemp("redis")
-    socket = folder / "redis.sock"
     process = subprocess.Popen(
-        [server, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", folder],
+        [server, "--port", "0", "--unixsocket", socket, "--save", "", "--dir", socket.parent],
         stdout=subprocess.DEVNULL,
     )
-    until = time.monotonic() + 30
-    while not socket.exists():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    yield f"unix://{socket}"
-    process.terminate()
-    process.wait(30)
+    try:
+        until = time.monotonic() + 30
+        while not socket.exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    socket = tmp_path_factory.mktemp("redis") / "redis.sock"
+    with redis_at(socket):
+        yield f"unix://{socket}"
 
 
 @pytest.fixture(params=["file", "redis"])
@@ -283,6 +292,51 @@ def test_a_redis_that_is_away_is_one_sentence(tmp_path, monkeypatch):
         assert "QUEUE_URL" in str(caught.value)
         assert "secret" not in str(caught.value)
     assert not (tmp_path / "queue.db").exists()
+
+
+def test_a_redis_that_goes_is_a_sentence_in_the_log_and_taken_up_when_it_is_back(
+    tmp_path_factory, caplog
+):
+    folder = tmp_path_factory.mktemp("redis")
+    queue = JobQueue(Settings(data_dir=folder, queue_url=f"unix://{folder / 'redis.sock'}"))
+    got, done = [], threading.Event()
+
+    def run(job_id):
+        got.append(job_id)
+        done.set()
+
+    def said():
+        return [one for one in caplog.records if one.name.startswith("huey") and one.levelno >= 40]
+
+    with ExitStack() as stack:
+        with redis_at(folder / "redis.sock"):
+            queue.put(1)
+            stack.enter_context(queue.consumed(run))
+            assert done.wait(30)
+            done.clear()
+        until = time.monotonic() + 30
+        while not said():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(2)  # of which each would be two more tracebacks
+        with redis_at(folder / "redis.sock"):
+            queue.put(2)
+            assert done.wait(30)
+            queue.clear()
+    assert got == [1, 2]
+    [record] = said()
+    assert "the job queue is away" in record.getMessage()
+    assert "jobs wait until it is back" in record.getMessage()
+    assert "Traceback" not in caplog.text
+    queue.close()
+
+
+def test_other_failures_of_the_consumer_keep_their_traceback():
+    record = logging.LogRecord("huey", logging.ERROR, "x.py", 1, "reading", (), None)
+    record.exc_info = (KeyError, KeyError("job"), None)
+    assert module._AwayFilter().filter(record)
+    assert record.getMessage() == "reading"
+    assert record.exc_info[0] is KeyError
 
 
 def test_the_states_that_block_are_those_that_can_still_change():
