@@ -319,7 +319,10 @@ def _add_routes(app: Flask, service: Service) -> None:
 
 def _what_is_on(base: ServedModel) -> str:
     plugin = base.predictor.stable_sam
-    stable = "on" if plugin is not None else "off: SAM_STABLE is false, or the model has no plugin"
+    if plugin is None:
+        stable = "off: SAM_STABLE is false, or the model has no plugin"
+    else:
+        stable = "on" if plugin.scope == "all" else "on where several points are clicked"
     return f"{base.model_version} on {base.predictor.device}; Stable-SAM is {stable}"
 
 

@@ -37,7 +37,7 @@ from sam_ext.errors import CheckpointError, ConfigError
 from sam_ext.lora import attach_lora, lora_parameters, merge_lora
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.sam_adapter import SamAdapterConfig, attach_sam_adapter, sam_adapter_of
-from sam_ext.stable_sam import StableSam
+from sam_ext.stable_sam import StableSam, plugin_scope
 from sam_ext.state_dicts import check_state, save_state
 
 __all__ = [
@@ -161,6 +161,7 @@ def save_adapter(
         header["coefficients"] = str(_has_coefficients(sam)).lower()
     if stable_sam is not None:
         parts.append("stable-sam")
+        header["stable_sam_scope"] = stable_sam.scope
         state |= {
             _PLUGIN + name: value.detach().cpu().clone()
             for name, value in stable_sam.state_dict().items()
@@ -234,6 +235,7 @@ def load_adapter(sam: Sam, path: Path) -> Adapted:
         plugin = StableSam(
             adapted.mask_decoder.transformer_dim,
             is_routed=any(key.startswith(f"{_PLUGIN}router.") for key in state),
+            scope=plugin_scope(path, header.get("stable_sam_scope", "all")),
         )
         wanted |= {_PLUGIN + key: value for key, value in plugin.state_dict().items()}
     check_state(path, state, wanted)

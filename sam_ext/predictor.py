@@ -35,7 +35,15 @@ from sam_ext.sam_adapter import read_task_inputs
 from sam_ext.stable_sam import StableSam, prepare_stable_sam
 from sam_ext.state_dicts import state_fingerprint
 
-__all__ = ["Crop", "Embedding", "ObjectMasks", "ObjectPrompt", "Predictor", "prompt_tokens"]
+__all__ = [
+    "Crop",
+    "Embedding",
+    "ObjectMasks",
+    "ObjectPrompt",
+    "Predictor",
+    "plugin_for",
+    "prompt_tokens",
+]
 
 # Objects that go through the decoder together: bounds its memory, and more are not faster. A CPU is
 # faster with fewer, whose image tokens stay in its cache.
@@ -103,6 +111,11 @@ class ObjectPrompt:
         """Whether there is one point and nothing else, so that it may mean several objects."""
         return len(self.point_coords) == 1 and self.box_xyxy is None and self.mask_input is None
 
+    @property
+    def is_several_points(self) -> bool:
+        """Whether there are several points, and no box."""
+        return len(self.point_coords) > 1 and self.box_xyxy is None
+
 
 def prompt_tokens(
     prompt: ObjectPrompt | None,
@@ -127,6 +140,21 @@ def prompt_tokens(
     return np.concatenate(coords), np.array(labels, np.int64)
 
 
+def plugin_for(plugin: StableSam | None, prompt: ObjectPrompt | None) -> StableSam | None:
+    """Say whether a plugin takes part in an answer.
+
+    Args:
+        plugin: The model's, if it has one.
+        prompt: None asks without any prompt.
+
+    Returns:
+        The plugin, or None where the prompt is not one of those that it is for.
+    """
+    if plugin is None or plugin.scope == "all":
+        return plugin
+    return plugin if prompt is not None and prompt.is_several_points else None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ObjectMasks:
     """The masks that one object's prompt may mean."""
@@ -138,7 +166,8 @@ class ObjectMasks:
     low_res_logits: NDArray[np.float32]
     """[M, h, w], what may be given back as `ObjectPrompt.mask_input`."""
     routing: float | None = None
-    """Stable-SAM's: how much was read from shifted places, in 0..1; None without the plugin."""
+    """Stable-SAM's: how much was read from shifted places, in 0..1; None where no plugin took
+    part."""
 
     def agreeing(self, prompt: ObjectPrompt) -> NDArray[np.intp]:
         """Count the points that each mask agrees with: [M].
@@ -213,8 +242,9 @@ class Predictor:
             policy: At which size images are encoded; None is SAM's own square.
             precision: Of the encoder and of the plugin's largest product, as `resolve_precision`
                 takes it; the decoder's is single.
-            stable_sam: Plugin for sloppy prompts, trained with this SAM. It answers a single point
-                with the single mask, as it was trained to: with the whole object.
+            stable_sam: Plugin for sloppy prompts, trained with this SAM. One for all prompts
+                answers a single point with the single mask, as it was trained to: with the whole
+                object.
             compiled: Compile the encoder, once for each shape of its input (minutes each on a CPU):
                 for GPUs, with a policy whose `pad_to` leaves few shapes.
 
@@ -242,7 +272,9 @@ class Predictor:
         settings = (self._ba_sam, self.policy, dtype)
         self.embedding_fingerprint: str = _digest(f"{weights_fingerprint(sam)} {settings}")
         """Hex digest of all that embeddings depend on: equal if every embedding is equal."""
-        plugin = "" if stable_sam is None else state_fingerprint(stable_sam)
+        plugin = ""
+        if stable_sam is not None:
+            plugin = f"{state_fingerprint(stable_sam)} {stable_sam.scope}"
         self.fingerprint: str = _digest(f"{self.embedding_fingerprint} {plugin}")
         """Hex digest of the weights, sizes and settings: equal exactly if every answer is equal."""
         # Several milliseconds of each click otherwise; few grids occur.
@@ -324,7 +356,7 @@ class Predictor:
             prompts: The objects; each is answered as if it were alone.
             multimask_output: Three masks an object, or one; None gives three to an object with
                 exactly one point and nothing else, which may mean a part or the whole, unless
-                there is a plugin for that.
+                a plugin answers that.
 
         Returns:
             One answer a prompt, in their order.
@@ -336,7 +368,7 @@ class Predictor:
         for prompt, (low_res, iou_predictions, routing) in zip(
             prompts, self.decode_low_res(embedding, prompts), strict=True
         ):
-            ambiguous = prompt.is_single_point and self.stable_sam is None
+            ambiguous = prompt.is_single_point and plugin_for(self.stable_sam, prompt) is None
             several = ambiguous if multimask_output is None else multimask_output
             chosen = slice(1, None) if several else slice(0, 1)
             answers.append(
@@ -361,15 +393,15 @@ class Predictor:
             prompts: The objects; None asks without a prompt, see `answer_prompt_free`.
 
         Returns:
-            For each prompt logits [4, h, w], padding included, IoU predictions [4], and with a
-            plugin its routing [2].
+            For each prompt logits [4, h, w], padding included, IoU predictions [4], and where a
+            plugin took part its routing [2].
 
         Raises:
             PromptError: If a `mask_input` has another size than this embedding's logits.
         """
         grid_h, grid_w = embedding.image_embeddings.shape[-2:]
         wanted = (4 * grid_h, 4 * grid_w)
-        groups: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
+        groups: defaultdict[tuple[int, bool, bool], list[int]] = defaultdict(list)
         tokens = [self._tokens(embedding, prompt) for prompt in prompts]
         for index, prompt in enumerate(prompts):
             mask = None if prompt is None else prompt.mask_input
@@ -379,13 +411,14 @@ class Predictor:
                     f"low_res_logits are, got {list(mask.shape)}"
                 )
             # Padding to a common number of tokens would change the answers: no token is ignored.
-            groups[len(tokens[index][1]), mask is not None].append(index)
+            has_plugin = plugin_for(self.stable_sam, prompt) is not None
+            groups[len(tokens[index][1]), mask is not None, has_plugin].append(index)
 
         at_once = _OBJECTS_AT_ONCE
         if self.device.type == "cpu":
             at_once = min(at_once, max(1, _TOKENS_AT_ONCE_ON_CPU // (grid_h * grid_w)))
         answers: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
-        for group in groups.values():
+        for (_, _, has_plugin), group in groups.items():
             for start in range(0, len(group), at_once):
                 part = group[start : start + at_once]
                 asked = [prompt for index in part if (prompt := prompts[index]) is not None]
@@ -395,6 +428,7 @@ class Predictor:
                     coords=np.stack([tokens[index][0] for index in part]),
                     labels=np.stack([tokens[index][1] for index in part]),
                     mask_input=np.stack(masks)[:, None] if masks else None,
+                    stable_sam=self.stable_sam if has_plugin else None,
                 )
                 for row, index in enumerate(part):
                     routing = None if decoded.routing is None else decoded.routing[row]
@@ -437,6 +471,7 @@ class Predictor:
         coords: NDArray[np.float32],
         labels: NDArray[np.int64],
         mask_input: NDArray[np.floating[Any]] | None,
+        stable_sam: StableSam | None,
     ) -> Decoded:
         """Decode objects [P, T, 2], [P, T], [P, 1, 4h, 4w] that have equally many tokens."""
         encoder = self._sam.prompt_encoder
@@ -456,7 +491,7 @@ class Predictor:
             image_pe=self._position_encoding(grid_hw),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=embed_dense(encoder, mask, grid_hw=grid_hw),
-            stable_sam=self.stable_sam,
+            stable_sam=stable_sam,
         )
 
 

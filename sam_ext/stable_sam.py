@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,18 @@ from sam_ext.errors import CheckpointError, ConfigError
 from sam_ext.state_dicts import check_state, save_state
 
 __all__ = [
+    "PluginScope",
     "Routed",
     "StableSam",
     "load_stable_sam",
+    "plugin_scope",
     "prepare_stable_sam",
     "sample_tokens",
     "save_stable_sam",
 ]
+
+PluginScope = Literal["all", "points"]
+"""What prompts a plugin is for: all of them, as in the source, or several points and no box."""
 
 _ROUTE_HIDDEN = 16
 _METHOD = "stable-sam"
@@ -58,17 +63,22 @@ class StableSam(nn.Module):
     Differs from the source, or is our choice where it says nothing:
         Offsets are in tokens, one for all heads and channels, and not bounded; beyond the border
         the border is read; positions are not resampled; t_o is the token of the single mask, after
-        the second layer's self-attention; the router has 16 hidden units and is soft.
+        the second layer's self-attention; the router has 16 hidden units and is soft. A plugin may
+        be for several points alone (`scope`).
     """
 
-    def __init__(self, channels: int = 256, *, is_routed: bool = True) -> None:
+    def __init__(
+        self, channels: int = 256, *, is_routed: bool = True, scope: PluginScope = "all"
+    ) -> None:
         """Build the plugin at its start.
 
         Args:
             channels: Channels of the decoder's tokens.
             is_routed: Whether there is a router; without, only the shifted tokens are read.
+            scope: What prompts it is trained on and used for; the others are SAM's alone.
         """
         super().__init__()
+        self.scope: PluginScope = scope
         self.transform = nn.Linear(channels, channels)
         self.depthwise = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
         self.norm = nn.LayerNorm(channels)
@@ -188,7 +198,23 @@ def save_stable_sam(plugin: StableSam, path: Path, *, base: str) -> None:
         base: Fingerprint of the SAM that it was trained with.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in plugin.state_dict().items()}
-    save_state(state, path, metadata={"format": "pt", "method": _METHOD, "base": base})
+    metadata = {"format": "pt", "method": _METHOD, "base": base, "scope": plugin.scope}
+    save_state(state, path, metadata=metadata)
+
+
+def plugin_scope(path: Path, name: str) -> PluginScope:
+    """Read what prompts a plugin is for.
+
+    Raises:
+        CheckpointError: If it is none of `PluginScope`.
+    """
+    for scope in get_args(PluginScope):
+        if name == scope:
+            return cast(PluginScope, scope)
+    raise CheckpointError(
+        f"{path} must be a plugin for one of {', '.join(get_args(PluginScope))}, got one for "
+        f"{name!r}; update the project, or train it again"
+    )
 
 
 def load_stable_sam(path: Path, *, base: str) -> StableSam:
@@ -222,7 +248,9 @@ def load_stable_sam(path: Path, *, base: str) -> StableSam:
         )
     channels = len(state["norm.weight"]) if "norm.weight" in state else 0
     plugin = StableSam(
-        max(channels, 1), is_routed=any(name.startswith("router.") for name in state)
+        max(channels, 1),
+        is_routed=any(name.startswith("router.") for name in state),
+        scope=plugin_scope(path, header.get("scope", "all")),
     )
     check_state(path, state, plugin.state_dict())
     plugin.load_state_dict(state)

@@ -17,8 +17,13 @@ from sam_ext.evaluate.records import RowFile, markdown_table, provenance
 
 __all__ = ["README_TABLES", "TABLES", "add_arguments", "measure_all", "run", "write_markdown"]
 
-_SHIFTED = ("dsb2018_nuclei", "wbc", "mt_defect", "cwfid")
-"""Sets that `tiny` was not trained on, with images to adapt to."""
+_SHIFTED = {"dsb2018_nuclei": 24, "wbc": 60, "mt_defect": 60, "cwfid": 60}
+"""Sets that `tiny` was not trained on, with images to adapt to: how many others to measure on."""
+
+
+def _adaptation(name: str) -> str:
+    return f"adaptation --train DIR/{name} --test DIR/{name} --limit {_SHIFTED[name]}"
+
 
 README_TABLES: dict[str, tuple[str, ...]] = {
     "prompts": tuple(
@@ -45,16 +50,18 @@ README_TABLES: dict[str, tuple[str, ...]] = {
     ),
     **{
         f"weak-{labels}": tuple(
-            f"adaptation --train DIR/{name} --test DIR/{name} --supervision {labels} "
-            "--methods direct,wesam,supervised --images 40 --limit 24"
+            f"{_adaptation(name)} --supervision {labels} --images 30 {more}"
             for name in _SHIFTED
+            for more in lines
         )
-        for labels in ("box", "point")
+        for labels, lines in {
+            "box": ("--methods direct,wesam --seeds 0,1,2", "--methods 'supervised,no anchor'"),
+            "point": ("--methods direct,wesam --seeds 0,1,2", "--methods supervised"),
+            "coarse": ("--methods direct,wesam",),
+            "none": ("--methods direct,wesam",),
+        }.items()
     },
-    "masks": tuple(
-        f"adaptation --train DIR/{name} --test DIR/{name} --images 10,30,all --limit {limit}"
-        for name, limit in zip(_SHIFTED, (24, 60, 60, 60), strict=True)
-    ),
+    "masks": tuple(f"{_adaptation(name)} --images 10,30,all" for name in _SHIFTED),
 }
 """By name the command lines whose rows make a table; DIR is the folder of the sets."""
 

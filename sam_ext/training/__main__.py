@@ -8,6 +8,7 @@ import argparse
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -15,7 +16,7 @@ from sam_ext.ba_sam import BaSamConfig, attach_coefficients
 from sam_ext.checkpoints import find_checkpoint, load_sam, save_checkpoint
 from sam_ext.config import MODELS
 from sam_ext.sam import build_sam, weights_fingerprint
-from sam_ext.stable_sam import StableSam, save_stable_sam
+from sam_ext.stable_sam import PluginScope, StableSam, save_stable_sam
 from sam_ext.training.recipes import TINY, open_sources
 from sam_ext.training.robust import RobustConfig, train_stable
 from sam_ext.training.supervised import Stage, train
@@ -64,6 +65,12 @@ def main() -> None:
         help="sides of the images of the plugin's training; by default the model's own",
     )
     parser.add_argument(
+        "--scope",
+        choices=get_args(PluginScope),
+        default="points",
+        help="what prompts the plugin is for: several points and no box, or all",
+    )
+    parser.add_argument(
         "--no-routing", action="store_true", help="a plugin without router, for comparison"
     )
     arguments = parser.parse_args()
@@ -83,7 +90,8 @@ def _train_stable(arguments: argparse.Namespace) -> None:
     model = arguments.init or TINY.model
     torch.manual_seed(arguments.seed)
     sam = load_sam(model, weights_dir=arguments.out, device=arguments.device)
-    plugin = StableSam(is_routed=not arguments.no_routing).to(arguments.device)
+    plugin = StableSam(is_routed=not arguments.no_routing, scope=arguments.scope)
+    plugin.to(arguments.device)
     size, *others = arguments.size or (sam.image_encoder.img_size,)
     train_stable(
         sam,

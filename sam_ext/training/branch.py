@@ -26,7 +26,7 @@ __all__ = ["Branch", "Group", "Seen", "chosen_masks", "pixels_of", "token_groups
 
 
 class Group(NamedTuple):
-    """Objects asked for by equally many tokens."""
+    """Objects asked for by equally many tokens, all of them by several points, or none."""
 
     places: Tensor
     """[K], where they stand among all objects."""
@@ -34,6 +34,8 @@ class Group(NamedTuple):
     """[K, T, 2] in pixels of the view."""
     labels: Tensor
     """[K, T], as `embed_tokens` takes them."""
+    is_several_points: bool
+    """Whether a plugin for these alone takes part."""
 
 
 class Seen(NamedTuple):
@@ -100,7 +102,7 @@ class Branch(nn.Module):
                     sam.prompt_encoder, group.coords, group.labels, input_size=size
                 ),
                 dense_prompt_embeddings=dense,
-                stable_sam=self.stable_sam,
+                stable_sam=self._plugin_for(group),
             )
             for group in groups
         ]
@@ -112,18 +114,25 @@ class Branch(nn.Module):
             ious=torch.cat([one.iou_predictions for one in decoded])[order].float(),
         )
 
+    def _plugin_for(self, group: Group) -> StableSam | None:
+        plugin = self.stable_sam
+        if plugin is None or plugin.scope == "all" or group.is_several_points:
+            return plugin
+        return None
+
 
 def token_groups(prompts: Sequence[ObjectPrompt | None], device: torch.device) -> list[Group]:
-    """Write prompts as SAM's labelled points, those of equally many together.
+    """Write prompts as SAM's labelled points, those that go through the decoder together in one.
 
     Args:
         prompts: P objects; None asks without any prompt.
         device: Of the model.
     """
     tokens = [prompt_tokens(prompt) for prompt in prompts]
-    by_count: defaultdict[int, list[int]] = defaultdict(list)
-    for index, (_, labels) in enumerate(tokens):
-        by_count[len(labels)].append(index)
+    alike: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        is_several_points = prompt is not None and prompt.is_several_points
+        alike[len(tokens[index][1]), is_several_points].append(index)
     return [
         Group(
             places=torch.tensor(members, device=device),
@@ -131,8 +140,9 @@ def token_groups(prompts: Sequence[ObjectPrompt | None], device: torch.device) -
                 np.stack([tokens[i][0] for i in members]), dtype=torch.float32, device=device
             ),
             labels=torch.tensor(np.stack([tokens[i][1] for i in members]), device=device),
+            is_several_points=is_several_points,
         )
-        for members in by_count.values()
+        for (_, is_several_points), members in alike.items()
     ]
 
 

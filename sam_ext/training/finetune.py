@@ -271,7 +271,13 @@ def finetune(
             pixels_of(view.image, device), generator=generator, chance=config.strong_chance
         )
         seen: Seen = module(image, token_groups(prompts, device))
-        losses, mean_iou = _losses(seen, view, prompts, config, is_ambiguous=stable_sam is None)
+        losses, mean_iou = _losses(
+            seen,
+            view,
+            prompts,
+            config,
+            is_ambiguous=stable_sam is None or stable_sam.scope != "all",
+        )
         weighed = {
             name: getattr(config, f"{name.removeprefix('free_')}_weight") * value
             for name, value in losses.items()

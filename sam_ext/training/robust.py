@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from sam_ext.errors import ConfigError
 from sam_ext.image_encoder import encode_image
 from sam_ext.mask_decoder import decode_masks
 from sam_ext.prompt_encoder import (
+    BACKGROUND,
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
     FOREGROUND,
@@ -26,12 +27,13 @@ from sam_ext.prompt_encoder import (
     embed_tokens,
 )
 from sam_ext.sam import Sam
-from sam_ext.stable_sam import StableSam
+from sam_ext.stable_sam import PluginScope, StableSam
 from sam_ext.training.data import Source
 from sam_ext.training.losses import dice_loss, focal_loss
 from sam_ext.training.supervised import Batch, Stage, autocast, stage_loader, to_device
 
 __all__ = [
+    "PROMPT_KINDS",
     "PromptKind",
     "RobustConfig",
     "coarse_masks",
@@ -42,8 +44,35 @@ __all__ = [
 
 _MASK_STRIDE = 4
 
-PromptKind = Literal["box", "noisy box", "1 point", "3 points", "5 points", "10 points", "mask"]
-_POINTS: dict[str, int] = {"1 point": 1, "3 points": 3, "5 points": 5, "10 points": 10}
+PromptKind = Literal[
+    "box",
+    "noisy box",
+    "1 point",
+    "2 points",
+    "3 points",
+    "5 points",
+    "10 points",
+    "2 + 2 points",
+    "4 + 4 points",
+    "mask",
+]
+PROMPT_KINDS: dict[PluginScope, tuple[PromptKind, ...]] = {
+    "all": ("box", "noisy box", "1 point", "3 points", "5 points", "10 points", "mask"),
+    "points": ("2 points", "3 points", "5 points", "10 points", "2 + 2 points", "4 + 4 points"),
+}
+"""What a plugin is trained on, by its scope: the source's mix, or points alone, some of them also
+with as many points beside the object."""
+_POINTS: dict[str, tuple[int, int]] = {
+    "1 point": (1, 0),
+    "2 points": (2, 0),
+    "3 points": (3, 0),
+    "5 points": (5, 0),
+    "10 points": (10, 0),
+    "2 + 2 points": (2, 2),
+    "4 + 4 points": (4, 4),
+}
+"""How many points on the object, and beside it."""
+_NEAR = 12  # pixels of the masks that a point beside an object is away from it at most, by axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +85,7 @@ class RobustConfig:
     other_sizes: tuple[int, ...] = ()
     """Further sides in pixels; each step trains at one side, drawn among these and `image_size`."""
     batch_size: int = 8
-    prompts: int = 8
+    prompts: int = 12
     """Objects asked for in each image, each by a prompt of a kind drawn anew."""
     learning_rate: float = 1e-3
     warmup_steps: int = 50
@@ -267,10 +296,14 @@ def _prompt(
             coarse_masks(targets, generator=generator),
         )
     if kind in _POINTS:
-        count = _POINTS[kind]
-        points = random_points(targets, count, stride=_MASK_STRIDE, generator=generator)
-        coords = torch.cat([points, torch.zeros((objects, 1, 2), device=device)], 1)
-        labels = torch.tensor([FOREGROUND] * count + [NOT_A_POINT], device=device)
+        inside, outside = _POINTS[kind]
+        points = [random_points(targets, inside, stride=_MASK_STRIDE, generator=generator)]
+        if outside:
+            beside = _beside(targets)
+            points.append(random_points(beside, outside, stride=_MASK_STRIDE, generator=generator))
+        coords = torch.cat([*points, torch.zeros((objects, 1, 2), device=device)], 1)
+        named = [FOREGROUND] * inside + [BACKGROUND] * outside + [NOT_A_POINT]
+        labels = torch.tensor(named, device=device)
     else:
         if kind == "noisy box":
             boxes = noisy_boxes(
@@ -279,6 +312,15 @@ def _prompt(
         coords = boxes.view(-1, 2, 2)
         labels = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], device=device)
     return coords, labels.expand(objects, -1), None
+
+
+def _beside(targets: Tensor) -> Tensor:
+    """Mark what lies near an object and not on it [P, H, W]; all around it, if nothing does."""
+    reach = 2 * _NEAR + 1
+    grown = F.max_pool2d(targets[:, None], reach, stride=1, padding=_NEAR)[:, 0]
+    near = ((grown > 0.1) & (targets < 0.05)).float()
+    has_any = near.flatten(1).any(1)[:, None, None]
+    return torch.where(has_any, near, (targets < 0.5).float())
 
 
 def train_stable(
@@ -290,7 +332,7 @@ def train_stable(
     num_workers: int = 1,
     on_progress: Callable[[dict[str, float]], None] | None = None,
 ) -> StableSam:
-    """Train a plugin in place; the SAM is not changed.
+    """Train a plugin in place, on the prompts that it is for; the SAM is not changed.
 
     Args:
         sam: On the device to train on.
@@ -310,6 +352,7 @@ def train_stable(
     frozen = [p for p in sam.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(plugin.parameters(), lr=config.learning_rate)
     generator = torch.Generator()
+    kinds = PROMPT_KINDS[plugin.scope]
     loader = stage_loader(sources, config.stage, seed=config.seed, num_workers=num_workers)
     sam.requires_grad_(False)
     plugin.train()
@@ -318,13 +361,13 @@ def train_stable(
     try:
         for step, batch in enumerate(loader):
             generator.manual_seed(config.seed * 1_000_003 + step)
-            drawn = torch.randint(len(get_args(PromptKind)), (config.prompts,), generator=generator)
+            drawn = torch.randint(len(kinds), (config.prompts,), generator=generator)
             loss = robust_loss(
                 sam,
                 plugin,
                 to_device(batch, device),
                 config,
-                kinds=[get_args(PromptKind)[i] for i in drawn.tolist()],
+                kinds=[kinds[i] for i in drawn.tolist()],
                 generator=generator,
             )
             if not torch.isfinite(loss):

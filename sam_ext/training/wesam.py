@@ -234,7 +234,9 @@ def adapt(
         lora_parameters(adapted), lr=config.learning_rate, weight_decay=config.weight_decay
     )
     anchored = Kept(max_entries=1024)
-    ask_anchor = partial(_anchor_target, anchor, is_ambiguous=stable_sam is None)
+    ask_anchor = partial(
+        _anchor_target, anchor, is_ambiguous=stable_sam is None or stable_sam.scope != "all"
+    )
 
     def backward(
         module: nn.Module, own: int, generator: torch.Generator

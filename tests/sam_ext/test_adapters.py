@@ -311,8 +311,9 @@ def test_a_plugin_and_settings_are_none_where_the_file_has_none(small_sam, path)
 
 
 def test_a_plugin_without_a_router_is_read(small_sam, adapted, tmp_path):
-    path, plugin = tmp_path / "a.safetensors", StableSam(is_routed=False)
+    path, plugin = tmp_path / "a.safetensors", StableSam(is_routed=False, scope="points")
     save_adapter(adapted, path, base=small_sam, method="wesam", stable_sam=plugin)
     got = load_adapter(small_sam, path).stable_sam
     assert got.state_dict().keys() == plugin.state_dict().keys()
+    assert got.scope == "points"
     assert not got.training

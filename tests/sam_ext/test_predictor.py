@@ -558,8 +558,8 @@ def test_an_image_of_another_form_is_refused(small_sam, image, found):
     assert str(raised.value) == f"image must be [H, W, 3] uint8, got {found}"
 
 
-def moved_plugin(seed=0):
-    plugin = StableSam()
+def moved_plugin(seed=0, **options):
+    plugin = StableSam(**options)
     torch.manual_seed(seed)
     for parameter in plugin.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
@@ -593,3 +593,37 @@ def test_a_plugin_for_sloppy_prompts_answers_and_reports_its_routing(small_sam):
     # Without it a point may mean three things; the plugin is trained to answer with the whole one.
     assert [len(answer.masks) for answer in plain] == [1, 3]
     assert [len(answer.masks) for answer in start] == [1, 1]
+
+
+def test_a_plugin_for_several_points_leaves_the_other_prompts_to_sam(small_sam):
+    image = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
+    box = np.array([4.0, 6.0, 50.0, 30.0])
+    clicks = np.array([[20.0, 20.0], [30.0, 24.0], [8.0, 9.0]])
+
+    def prompt(count, box_xyxy=None):
+        labels = np.array([1, 1, 0][:count], np.int64)
+        return ObjectPrompt(point_coords=clicks[:count], point_labels=labels, box_xyxy=box_xyxy)
+
+    # Two points have as many tokens as a box and a point, and a box as many as a point.
+    others = [prompt(0, box), prompt(1), prompt(1, box), prompt(2, box), None]
+    clicked = [prompt(2), prompt(3)]
+    prompts = [*others, *clicked]
+
+    def answers(plugin):
+        predictor = Predictor(small_sam, stable_sam=plugin)
+        got = predictor.decode_low_res(predictor.embed(image), prompts)
+        return predictor, got
+
+    _, plain = answers(None)
+    everywhere, shifted = answers(moved_plugin())
+    predictor, got = answers(moved_plugin(scope="points"))
+    for index in range(len(others)):
+        torch.testing.assert_close(got[index][0], plain[index][0], rtol=1e-3, atol=1e-4)
+        assert got[index][2] is None
+    for index in range(len(others), len(prompts)):
+        torch.testing.assert_close(got[index][0], shifted[index][0], rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(got[index][0], plain[index][0], atol=1e-3)
+        assert 0 < float(got[index][2][0]) < 1
+    [point] = predictor.decode(predictor.embed(image), [prompt(1)])
+    assert (len(point.masks), point.routing) == (3, None)
+    assert predictor.fingerprint != everywhere.fingerprint

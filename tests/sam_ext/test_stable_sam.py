@@ -114,11 +114,13 @@ def test_tokens_of_another_grid_are_refused():
         StableSam(8)(tokens(), torch.randn(2, 8), (5, 8))
 
 
-@pytest.mark.parametrize("is_routed", [True, False])
-def test_a_saved_plugin_answers_as_before(tmp_path, is_routed):
-    plugin, x, token = moved(is_routed=is_routed), tokens(), torch.randn(2, 8)
+@pytest.mark.parametrize(("is_routed", "scope"), [(True, "points"), (False, "all")])
+def test_a_saved_plugin_answers_as_before(tmp_path, is_routed, scope):
+    plugin = moved(is_routed=is_routed, scope=scope)
+    x, token = tokens(), torch.randn(2, 8)
     save_stable_sam(plugin, tmp_path / "p.safetensors", base="abc")
     loaded = load_stable_sam(tmp_path / "p.safetensors", base="abc")
+    assert loaded.scope == scope
     assert torch.equal(loaded(x, token, GRID).features, plugin(x, token, GRID).features)
     assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
 
@@ -136,6 +138,12 @@ def test_a_file_that_is_no_plugin_of_this_sam_is_refused(tmp_path):
     save_file(moved().state_dict(), path)
     with pytest.raises(CheckpointError, match="got something else"):
         load_stable_sam(path, base="abc")
+    header = {"method": "stable-sam", "base": "abc"}
+    save_file(moved().state_dict(), path, metadata=header | {"scope": "coffee"})
+    with pytest.raises(CheckpointError, match="one of all, points, got one for 'coffee'"):
+        load_stable_sam(path, base="abc")
+    save_file(moved().state_dict(), path, metadata=header)  # from before there were scopes
+    assert load_stable_sam(path, base="abc").scope == "all"
     state = moved().state_dict()
     del state["offset.bias"]
     save_file(state, path, metadata={"method": "stable-sam", "base": "abc"})

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import nn
@@ -6,6 +8,7 @@ from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.prompt_encoder import NOT_A_POINT
 from sam_ext.resolution import ResolutionPolicy
 from sam_ext.sam_adapter import SamAdapterConfig, attach_sam_adapter, sam_adapter_parameters
+from sam_ext.stable_sam import StableSam
 from sam_ext.training.branch import Branch, pixels_of, token_groups
 
 POINT = ObjectPrompt(point_coords=np.array([[20.0, 20]]), point_labels=np.ones(1, int))
@@ -44,3 +47,26 @@ def test_a_branch_sees_what_the_predictor_answers(small_sam):
         # float32: windows and attention are computed in other pieces
         torch.testing.assert_close(seen.logits[index], low_res[:, :13, :23], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(seen.ious[index], ious, rtol=1e-3, atol=1e-4)
+
+
+def test_a_plugin_takes_part_in_the_prompts_that_it_is_for(small_sam):
+    plugin = StableSam(scope="points")
+    torch.manual_seed(0)
+    for parameter in plugin.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    several = ObjectPrompt(
+        point_coords=np.array([[20.0, 20], [30, 9]]), point_labels=np.array([1, 0])
+    )
+    both = replace(BOX, point_coords=POINT.point_coords, point_labels=POINT.point_labels)
+    prompts = [several, both, POINT, several, None]
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    policy = ResolutionPolicy(mode="native", min_side=96, max_side=96)
+    predictor = Predictor(small_sam, policy=policy, stable_sam=plugin.eval())
+    wanted = predictor.decode_low_res(predictor.embed(image), prompts)
+    branch = Branch(small_sam, plugin, ba_sam=None, checkpointing=False)
+    device = torch.device("cpu")
+    with torch.no_grad():
+        seen = branch(pixels_of(image, device), token_groups(prompts, device))
+    assert [routing is not None for _, _, routing in wanted] == [True, False, False, True, False]
+    for index, (low_res, _, _) in enumerate(wanted):
+        torch.testing.assert_close(seen.logits[index], low_res, rtol=1e-3, atol=1e-4)

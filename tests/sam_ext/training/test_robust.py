@@ -1,11 +1,18 @@
+from typing import get_args
+
 import pytest
 import torch
 
 from sam_ext.errors import ConfigError
+from sam_ext.prompt_encoder import NOT_A_POINT
 from sam_ext.stable_sam import StableSam
+from sam_ext.training import robust as module
 from sam_ext.training.data import MixedSamples, SyntheticSource
 from sam_ext.training.robust import (
+    PROMPT_KINDS,
+    PromptKind,
     RobustConfig,
+    _prompt,
     coarse_masks,
     noisy_boxes,
     random_points,
@@ -91,17 +98,56 @@ def test_every_kind_of_prompt_trains_every_parameter_of_the_plugin_and_nothing_e
     sam.requires_grad_(False)
     batch = batch_of(prompts=1)
     losses = {}
-    for kind in ("box", "noisy box", "1 point", "3 points", "5 points", "10 points", "mask"):
+    for kind in get_args(PromptKind):
         plugin.zero_grad()
         loss = robust_loss(sam, plugin, batch, config(), kinds=[kind], generator=generator())
         loss.backward()
         assert all(p.grad.abs().sum() > 0 for p in plugin.parameters()), kind
         losses[kind] = loss.item()
-    assert len(set(losses.values())) == 7
+    assert len(set(losses.values())) == 10
     together = robust_loss(
         sam, plugin, batch_of(prompts=2), config(), kinds=["box", "box"], generator=generator()
     )
     assert torch.isfinite(together)
+
+
+def test_points_on_objects_and_beside_them_are_drawn_and_labelled():
+    targets = torch.zeros(2, 32, 48)
+    targets[0, 10:20, 10:20] = 1
+    targets[1] = 1  # beside which there is nothing
+    targets[1, 0, 0] = 0
+    kept = []
+    for seed in range(20):
+        coords, labels, mask = _prompt(
+            "2 + 2 points", torch.zeros(2, 4), targets, (128, 192), config(), generator(seed)
+        )
+        assert mask is None
+        assert labels.tolist() == [[1, 1, 0, 0, NOT_A_POINT]] * 2
+        cells = ((coords[:, :4] + 0.5) / 4).floor().long()
+        for points in cells[:, :2]:
+            kept += points.tolist()
+        x, y = cells[0, 2:].T
+        assert not targets[0, y, x].any()
+        assert ((x <= 31) & (y <= 31)).all()  # 12 pixels away at most
+        assert cells[1, 2:].tolist() == [[0, 0]] * 2
+    assert len({tuple(point) for point in kept}) > 40
+
+
+@pytest.mark.parametrize("scope", ["all", "points"])
+def test_a_plugin_is_trained_on_the_prompts_that_it_is_for(monkeypatch, scope):
+    seen = set()
+    original = module.robust_loss
+
+    def spy(*given, kinds, **options):
+        seen.update(kinds)
+        return original(*given, kinds=kinds, **options)
+
+    monkeypatch.setattr(module, "robust_loss", spy)
+    plugin = StableSam(scope=scope)
+    settings = config(steps=20, prompts=4)
+    train_stable(build_small_sam(), plugin, sources(), settings, num_workers=0)
+    assert seen == set(PROMPT_KINDS[scope])
+    assert {"box", "1 point"} & seen == ({"box", "1 point"} if scope == "all" else set())
 
 
 def batch_of(prompts):
