@@ -23,6 +23,7 @@ __all__ = [
     "PluginScope",
     "Routed",
     "StableSam",
+    "inherited_plugin",
     "load_stable_sam",
     "plugin_scope",
     "prepare_stable_sam",
@@ -138,6 +139,19 @@ class StableSam(nn.Module):
             weights = self.router(token).softmax(dim=-1)
         share = weights[:, 0, None, None].to(shifted.dtype)
         return Routed(torch.lerp(features.to(shifted.dtype), shifted, share), weights)
+
+
+def inherited_plugin(plugin: StableSam | None) -> StableSam | None:
+    """Choose what weights that are adapted from a plugin's are trained and served with.
+
+    A plugin for all prompts is part of how its model answers, and stays. One for several points is
+    for its own weights alone: with it, WeSAM from ten images of cwfid, which teaches points by the
+    way, reaches 0.429 by one click, and 0.488 without (LoRA 0.520 and 0.516).
+
+    Args:
+        plugin: Of the model before it is adapted, if it has one.
+    """
+    return plugin if plugin is not None and plugin.scope == "all" else None
 
 
 def prepare_stable_sam(plugin: StableSam, dtype: torch.dtype) -> StableSam:

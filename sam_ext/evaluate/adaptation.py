@@ -41,7 +41,7 @@ from sam_ext.lora import merge_lora
 from sam_ext.metrics import boundary_iou, iou, tight_box
 from sam_ext.prompt_free import answer_prompt_free
 from sam_ext.sam import Sam, weights_fingerprint
-from sam_ext.stable_sam import StableSam, load_stable_sam
+from sam_ext.stable_sam import StableSam, inherited_plugin, load_stable_sam
 from sam_ext.training.choice import choose_method
 from sam_ext.training.data import CocoFolder
 from sam_ext.training.finetune import (
@@ -667,7 +667,8 @@ def run(options: argparse.Namespace) -> list[AdaptationRow]:
     plugin = find_stable_sam(options.model, weights_dir=options.weights_dir)
     stable_sam = None
     if plugin is not None:
-        stable_sam = load_stable_sam(plugin, base=weights_fingerprint(sam))
+        # One that adapted weights go without is left out of "direct", too: training is compared.
+        stable_sam = inherited_plugin(load_stable_sam(plugin, base=weights_fingerprint(sam)))
     ba_sam = default_ba_sam(sam.image_encoder.img_size)
     console = Console(stderr=True)
     rows = evaluate_adaptation(

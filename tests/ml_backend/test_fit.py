@@ -214,8 +214,9 @@ def test_too_many_images_that_are_gone_are_the_reason(place, label_studio):
     assert "got 7: 1 are missing; 1 things were left out, first: task 3: fetch:" in job.reason
 
 
-def test_a_model_with_a_plugin_is_trained_as_it_is_served(place, monkeypatch):
-    plugin, used = StableSam().eval(), []
+@pytest.mark.parametrize("scope", ["all", "points"])
+def test_a_model_with_a_plugin_is_trained_as_it_is_served(place, monkeypatch, scope):
+    plugin, used = StableSam(scope=scope).eval(), []
     monkeypatch.setattr(module, "load_plugin", lambda *_: plugin)
 
     def adapt(*args, stable_sam, **options):
@@ -223,13 +224,18 @@ def test_a_model_with_a_plugin_is_trained_as_it_is_served(place, monkeypatch):
         return fake_adapt(*args, **options)
 
     def judge(predictors, *args, **options):
-        used.extend(predictor.stable_sam for predictor in predictors.values())
+        used.append(predictors["candidate"].stable_sam)
+        assert predictors["active"].stable_sam is not None
+        assert predictors["base"].stable_sam is not None
         return fake_judge(predictors, *args, **options)
 
     assert place.run(methods=Methods(adapt=adapt, judge=judge)).state == "promoted"
-    assert len(used) == 4
-    assert all(one is not None for one in used)
-    assert used[0] is plugin
+    trained_with, served_with = used
+    if scope == "all":
+        assert trained_with is plugin
+        assert served_with is not None
+    else:
+        assert (trained_with, served_with) == (None, None)
 
 
 def test_an_image_that_changes_meanwhile_ends_the_job(place, label_studio):

@@ -230,11 +230,12 @@ def test_a_poisoned_adapter_costs_no_answer_and_is_told_in_one_sentence(
     assert client.get("/health").json["problems"] == []
 
 
-def test_versions_have_the_plugin_and_the_options_of_the_base_model(
-    make_app, versions, settings, tmp_path
+@pytest.mark.parametrize("scope", ["all", "points"])
+def test_versions_have_the_options_of_the_base_model_and_its_plugin_if_it_is_for_all_prompts(
+    make_app, versions, settings, tmp_path, scope
 ):
     sam = load_sam(settings.sam_model, weights_dir=settings.weights_dir)
-    plugin = StableSam()
+    plugin = StableSam(scope=scope)
     torch.nn.init.normal_(plugin.transform.weight, std=0.1)
     path = tmp_path / "small.stable.safetensors"
     save_stable_sam(plugin, path, base=weights_fingerprint(sam))
@@ -242,9 +243,10 @@ def test_versions_have_the_plugin_and_the_options_of_the_base_model(
     models = make_app(sam_resolution="square").extensions["ml_backend"].service.models
     predictor = models.for_project(PROJECT).predictor
     adapted = apply_adapter(sam, versions.find(1).adapter)
-    expected = Predictor(adapted, precision="fp32", stable_sam=plugin)
+    inherited = plugin if scope == "all" else None
+    expected = Predictor(adapted, precision="fp32", stable_sam=inherited)
     assert predictor.fingerprint == expected.fingerprint
-    assert predictor.stable_sam is not None
+    assert models.base.predictor.stable_sam is not None
 
 
 def test_embeddings_of_a_version_go_with_it(make_app, versions, settings, registry, tmp_path):
