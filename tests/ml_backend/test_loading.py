@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -6,6 +7,7 @@ from ml_backend.settings import Settings
 from sam_ext.ba_sam import DEFAULT_BA_SAM, default_ba_sam
 from sam_ext.checkpoints import load_sam, save_checkpoint
 from sam_ext.errors import CheckpointError
+from sam_ext.predictor import ObjectPrompt
 from sam_ext.resolution import ResolutionPolicy, default_policy
 from sam_ext.sam import weights_fingerprint
 from sam_ext.stable_sam import StableSam, save_stable_sam
@@ -74,6 +76,21 @@ def test_a_plugin_beside_the_model_is_used_unless_it_is_switched_off(tmp_path):
     assert off.stable_sam is None
     assert off.fingerprint != loaded().fingerprint
     assert off.embedding_fingerprint == loaded().embedding_fingerprint
+
+
+def test_tiny_comes_with_a_plugin_for_several_points(tmp_path):
+    """Trained with the very weights that are bundled, or it would be refused."""
+    predictor = load_predictor(Settings(data_dir=tmp_path))
+    assert predictor.stable_sam.scope == "points"
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    coords = np.array([[20.0, 20.0], [30.0, 22.0], [24.0, 30.0]])
+    clicks = [
+        ObjectPrompt(point_coords=coords[:count], point_labels=np.ones(count, np.int64))
+        for count in (1, 3)
+    ]
+    one, several = predictor.decode(predictor.embed(image), clicks)
+    assert (len(one.masks), one.routing) == (3, None)
+    assert 0 < several.routing < 1
 
 
 def test_a_plugin_that_is_wanted_must_be_there_and_fit(tmp_path):
