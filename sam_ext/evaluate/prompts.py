@@ -47,7 +47,7 @@ from sam_ext.metrics import (
 )
 from sam_ext.predictor import Crop, Embedding, ObjectPrompt, Predictor
 from sam_ext.sam import Sam, weights_fingerprint
-from sam_ext.stable_sam import StableSam, load_stable_sam
+from sam_ext.stable_sam import PluginScope, StableSam, load_stable_sam
 from sam_ext.training.data import CocoFolder
 from sam_ext.training.robust import noisy_boxes
 
@@ -71,6 +71,12 @@ _ORACLE = f"{_CENTER}, best candidate"
 PROMPTS = (_TIGHT, *_BOX_NOISE, *_POINTS, _CENTER)
 """The tight box; boxes with noise of `noisy_boxes`; points drawn evenly from the object; and the
 point farthest from its outline, which is also answered by the best of what it was chosen from."""
+
+_SHEET_PROMPTS: dict[PluginScope, tuple[str, ...]] = {
+    "all": ("box, noise 0.4", "1 point"),
+    "points": ("3 points", "5 points"),
+}
+"""Where a plugin is to be looked at, by what it is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +303,7 @@ class ContactSheet:
         first: str,
         second: str,
         *,
-        prompts: Sequence[str] = ("box, noise 0.4", "1 point"),
+        prompts: Sequence[str] = _SHEET_PROMPTS["all"],
         cases: int = 4,
     ) -> None:
         """Begin an empty sheet.
@@ -470,7 +476,8 @@ def run(options: argparse.Namespace) -> list[PromptRow]:
     if options.sheet is not None:
         if not plugins:
             raise ConfigError("--sheet must have a plugin to show, got none; give --stable-sam")
-        sheet = ContactSheet(model, last)
+        scope = list(plugins.values())[-1].scope
+        sheet = ContactSheet(model, last, prompts=_SHEET_PROMPTS[scope])
     plain = _served(sam, None)
     if plugins:
         variants[f"{model} as served, no plugin"] = plain

@@ -247,6 +247,24 @@ def test_the_command_measures_a_checkpoint_and_the_plugin_beside_it(
     assert "box, noise 0.4" in capsys.readouterr().out
 
 
+def test_the_sheet_of_a_plugin_for_several_points_shows_these(small_sam, folder, tmp_path):
+    checkpoint, out, sheet = (tmp_path / name for name in ("s.safetensors", "r.json", "s.png"))
+    save_checkpoint(small_sam, checkpoint)
+    stored = load_sam(str(checkpoint), weights_dir=tmp_path)
+    plugin = moved_plugin(scope="points")
+    save_stable_sam(plugin, tmp_path / "s.stable.safetensors", base=weights_fingerprint(stored))
+    command = f"prompts --data {folder} --model {checkpoint} --device cpu --draws 1 --json {out}"
+    main([*command.split(), "--sheet", str(sheet)])
+    rows = {(row["variant"], row["prompt"]): row for row in json.loads(out.read_text())}
+    same = {
+        prompt: rows["s", prompt]["miou"] == rows["s+dsp+drp", prompt]["miou"] for prompt in PROMPTS
+    }
+    assert same == {prompt: prompt not in ("3 points", "5 points") for prompt in PROMPTS}
+    drawn = cv2.imread(str(sheet))
+    assert min(drawn.shape[:2]) > 100
+    assert drawn.std() > 5
+
+
 def test_rows_in_a_file_are_not_measured_again(small_sam, folder, tmp_path, monkeypatch):
     checkpoint, kept, sheet = (tmp_path / name for name in ("s.safetensors", "r.jsonl", "s.png"))
     save_checkpoint(small_sam, checkpoint)
