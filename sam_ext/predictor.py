@@ -32,7 +32,7 @@ from sam_ext.prompt_encoder import (
 from sam_ext.resolution import ResolutionPolicy
 from sam_ext.sam import Sam, weights_fingerprint
 from sam_ext.sam_adapter import read_task_inputs
-from sam_ext.stable_sam import StableSam, prepare_stable_sam
+from sam_ext.stable_sam import StableSam, plugin_for, prepare_stable_sam
 from sam_ext.state_dicts import state_fingerprint
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "ObjectMasks",
     "ObjectPrompt",
     "Predictor",
-    "plugin_for",
     "prompt_tokens",
 ]
 
@@ -138,21 +137,6 @@ def prompt_tokens(
         coords.append(np.zeros((1, 2)))
         labels.append(NOT_A_POINT)
     return np.concatenate(coords), np.array(labels, np.int64)
-
-
-def plugin_for(plugin: StableSam | None, prompt: ObjectPrompt | None) -> StableSam | None:
-    """Say whether a plugin takes part in an answer.
-
-    Args:
-        plugin: The model's, if it has one.
-        prompt: None asks without any prompt.
-
-    Returns:
-        The plugin, or None where the prompt is not one of those that it is for.
-    """
-    if plugin is None or plugin.scope == "all":
-        return plugin
-    return plugin if prompt is not None and prompt.is_several_points else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -368,7 +352,7 @@ class Predictor:
         for prompt, (low_res, iou_predictions, routing) in zip(
             prompts, self.decode_low_res(embedding, prompts), strict=True
         ):
-            ambiguous = prompt.is_single_point and plugin_for(self.stable_sam, prompt) is None
+            ambiguous = prompt.is_single_point and self._plugin_for(prompt) is None
             several = ambiguous if multimask_output is None else multimask_output
             chosen = slice(1, None) if several else slice(0, 1)
             answers.append(
@@ -411,7 +395,7 @@ class Predictor:
                     f"low_res_logits are, got {list(mask.shape)}"
                 )
             # Padding to a common number of tokens would change the answers: no token is ignored.
-            has_plugin = plugin_for(self.stable_sam, prompt) is not None
+            has_plugin = self._plugin_for(prompt) is not None
             groups[len(tokens[index][1]), mask is not None, has_plugin].append(index)
 
         at_once = _OBJECTS_AT_ONCE
@@ -453,6 +437,10 @@ class Predictor:
         Outside an embedding's crop they are minus infinity.
         """
         return _pasted(embedding, _resized_logits(embedding, low_res), outside=-np.inf)
+
+    def _plugin_for(self, prompt: ObjectPrompt | None) -> StableSam | None:
+        is_several_points = prompt is not None and prompt.is_several_points
+        return plugin_for(self.stable_sam, is_several_points=is_several_points)
 
     def _tokens(
         self, embedding: Embedding, prompt: ObjectPrompt | None

@@ -25,6 +25,7 @@ __all__ = [
     "StableSam",
     "inherited_plugin",
     "load_stable_sam",
+    "plugin_for",
     "plugin_scope",
     "prepare_stable_sam",
     "sample_tokens",
@@ -139,6 +140,21 @@ class StableSam(nn.Module):
             weights = self.router(token).softmax(dim=-1)
         share = weights[:, 0, None, None].to(shifted.dtype)
         return Routed(torch.lerp(features.to(shifted.dtype), shifted, share), weights)
+
+
+def plugin_for(plugin: StableSam | None, *, is_several_points: bool) -> StableSam | None:
+    """Say whether a plugin takes part in an answer.
+
+    Args:
+        plugin: The model's, if it has one.
+        is_several_points: Whether several points are asked with, and no box.
+
+    Returns:
+        The plugin, or None where the prompt is not one of those that it is for.
+    """
+    if plugin is None or plugin.scope == "all" or is_several_points:
+        return plugin
+    return None
 
 
 def inherited_plugin(plugin: StableSam | None) -> StableSam | None:

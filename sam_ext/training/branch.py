@@ -19,7 +19,7 @@ from sam_ext.predictor import ObjectPrompt, prompt_tokens
 from sam_ext.prompt_encoder import dense_position_encoding, embed_dense, embed_tokens
 from sam_ext.sam import Sam
 from sam_ext.sam_adapter import read_task_inputs
-from sam_ext.stable_sam import StableSam
+from sam_ext.stable_sam import StableSam, plugin_for
 from sam_ext.training.parts import MASK_STRIDE
 
 __all__ = ["Branch", "Group", "Seen", "chosen_masks", "pixels_of", "token_groups", "unpadded"]
@@ -102,7 +102,7 @@ class Branch(nn.Module):
                     sam.prompt_encoder, group.coords, group.labels, input_size=size
                 ),
                 dense_prompt_embeddings=dense,
-                stable_sam=self._plugin_for(group),
+                stable_sam=plugin_for(self.stable_sam, is_several_points=group.is_several_points),
             )
             for group in groups
         ]
@@ -114,15 +114,9 @@ class Branch(nn.Module):
             ious=torch.cat([one.iou_predictions for one in decoded])[order].float(),
         )
 
-    def _plugin_for(self, group: Group) -> StableSam | None:
-        plugin = self.stable_sam
-        if plugin is None or plugin.scope == "all" or group.is_several_points:
-            return plugin
-        return None
-
 
 def token_groups(prompts: Sequence[ObjectPrompt | None], device: torch.device) -> list[Group]:
-    """Write prompts as SAM's labelled points, those that go through the decoder together in one.
+    """Write prompts as SAM's labelled points, one group for each pass of the decoder.
 
     Args:
         prompts: P objects; None asks without any prompt.

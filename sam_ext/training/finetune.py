@@ -40,7 +40,7 @@ from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.resolution import ResolutionPolicy, default_policy
 from sam_ext.sam import Sam
 from sam_ext.sam_adapter import SamAdapterConfig, attach_sam_adapter, sam_adapter_parameters
-from sam_ext.stable_sam import StableSam
+from sam_ext.stable_sam import StableSam, plugin_for
 from sam_ext.training.branch import Branch, Seen, pixels_of, token_groups
 from sam_ext.training.losses import cross_entropy, mask_iou, soft_iou_loss
 from sam_ext.training.parts import MASK_STRIDE, Kept, PartSource, View, empty_view
@@ -276,7 +276,7 @@ def finetune(
             view,
             prompts,
             config,
-            is_ambiguous=stable_sam is None or stable_sam.scope != "all",
+            is_ambiguous=plugin_for(stable_sam, is_several_points=False) is None,
         )
         weighed = {
             name: getattr(config, f"{name.removeprefix('free_')}_weight") * value

@@ -58,7 +58,7 @@ from sam_ext.lora import attach_lora, lora_parameters
 from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.resolution import ResolutionPolicy, default_policy
 from sam_ext.sam import Sam
-from sam_ext.stable_sam import StableSam
+from sam_ext.stable_sam import StableSam, plugin_for
 from sam_ext.training.branch import (
     Branch,
     Seen,
@@ -235,7 +235,7 @@ def adapt(
     )
     anchored = Kept(max_entries=1024)
     ask_anchor = partial(
-        _anchor_target, anchor, is_ambiguous=stable_sam is None or stable_sam.scope != "all"
+        _anchor_target, anchor, is_ambiguous=plugin_for(stable_sam, is_several_points=False) is None
     )
 
     def backward(
