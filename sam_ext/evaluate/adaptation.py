@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -84,22 +85,34 @@ WESAM_VARIANTS: dict[str, Callable[[WesamConfig], WesamConfig]] = {
     "no anchor": lambda config: replace(config, anchor_weight=0.0),
     "no contrast": lambda config: replace(config, contrastive_weight=0.0),
     "no projection": lambda config: replace(config, projection_weight=0.0),
+    "no colours": lambda config: replace(config, pairwise_weight=0.0),
+    "no trust": lambda config: replace(config, trust=1.0),
+    "hard targets": lambda config: replace(config, sharpness=math.inf),
     "no correction": lambda config: replace(config, correct_pseudo_masks=False),
     "no loose prompts": lambda config: replace(config, loose_prompts=0.0),
     "no box of points": lambda config: replace(config, box_of_points=False),
-    "as published": lambda config: replace(
+    "as published": lambda config: _as_published(config),
+    "as published but no anchor": lambda config: replace(_as_published(config), anchor_weight=0.0),
+}
+"""WeSAM as it is, on the true masks in the teacher's place, and with one part switched off; `as
+published` has the source's weights and nothing that is not in it."""
+
+
+def _as_published(config: WesamConfig) -> WesamConfig:
+    return replace(
         config,
         focal_weight=20.0,
         contrastive_weight=1.0,
         strong_chance=0.5,
+        sharpness=math.inf,
+        trust=1.0,
         projection_weight=0.0,
+        pairwise_weight=0.0,
         correct_pseudo_masks=False,
         loose_prompts=0.0,
         box_of_points=False,
-    ),
-}
-"""WeSAM as it is, on the true masks in the teacher's place, and with one part switched off; `as
-published` has the source's weights and nothing that is not in it."""
+    )
+
 
 METHODS = tuple(dict.fromkeys((*_SERVED_METHODS, *WESAM_VARIANTS)))
 """What is compared: the model as it is; WeSAM on weak labels; LoRA and SAM-Adapter on full masks;

@@ -91,6 +91,26 @@ class View:
     covered: Tensor
     """[H / 4, W / 4], the share that any mask of the image covers, also those not asked for."""
 
+    def agreement(self, masks: Tensor) -> Tensor:
+        """Say how far masks agree with what annotators drew.
+
+        Args:
+            masks: [P, H / 4, W / 4] bool.
+
+        Returns:
+            [P] in 0..1: the IoU with a drawn mask; else the IoU of the mask's box with a drawn
+            box; else the share of the drawn points that the mask is right about. 1 where nothing
+            was drawn.
+        """
+        device = masks.device
+        boxes, drawn = self.boxes.to(device), self.masks.to(device) > 0.5
+        required, forbidden = self.required.to(device), ~self.allowed.to(device)
+        points = (required | forbidden).flatten(1).sum(1)
+        right = ((masks & required) | (~masks & forbidden)).flatten(1).sum(1)
+        agreed = torch.where(points > 0, right / points.clamp(min=1), 1.0)
+        agreed = torch.where(boxes.flatten(1).any(1), _box_ious(masks, boxes), agreed)
+        return torch.where(drawn.flatten(1).any(1), _ious(masks, drawn), agreed)
+
     def flipped(self, flip: Flip) -> View:
         """Turn everything round in the same way."""
         pixels = torch.from_numpy(self.image).permute(2, 0, 1)
@@ -107,6 +127,30 @@ class View:
             masks=flip_image(self.masks, flip),
             covered=flip_image(self.covered, flip),
         )
+
+
+def _ious(masks: Tensor, others: Tensor) -> Tensor:
+    """Overlap masks [P, H, W] bool in pairs: [P]; 0 where both are empty."""
+    union = (masks | others).flatten(1).sum(1)
+    return (masks & others).flatten(1).sum(1) / union.clamp(min=1)
+
+
+def _box_ious(masks: Tensor, boxes: Tensor) -> Tensor:
+    """Overlap the tight boxes of masks with boxes, both [P, H, W] bool: [P]; 0 without a mask."""
+    got, wanted = _sides(masks), _sides(boxes)
+    inner = torch.minimum(got[:, 2:], wanted[:, 2:]) - torch.maximum(got[:, :2], wanted[:, :2])
+    overlap = inner.clamp(min=0).prod(1)
+    areas = [(sides[:, 2:] - sides[:, :2]).prod(1) for sides in (got, wanted)]
+    union = areas[0] + areas[1] - overlap
+    return overlap / union.clamp(min=1) * masks.flatten(1).any(1)
+
+
+def _sides(masks: Tensor) -> Tensor:
+    """Return the tight boxes [P, 4] of masks [P, H, W] bool, in pixel edges; none is empty."""
+    columns, rows = masks.any(1).int(), masks.any(2).int()
+    first = [side.argmax(1) for side in (columns, rows)]
+    last = [side.shape[1] - side.flip(1).argmax(1) for side in (columns, rows)]
+    return torch.stack([*first, *last], 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -25,9 +25,15 @@ Differs from the source:
     - A pseudo label is corrected by what the annotator asserted (`correct_pseudo_masks`): nothing
       outside a drawn box or far from a rough mask, the points inside or outside as they say. Where
       nothing is left of it, the anchor's mask takes its place.
-    - `projection_weight` adds a loss of box labels; `loose_prompts` lets the student answer looser
-      prompts than the teacher's; `box_of_points` asks teacher and anchor by a box that is estimated
-      from three points or more. All three are ours, and can be switched off.
+    - What teacher and anchor give to learn is their probabilities, the teacher's sharpened, with a
+      Dice that is least where the two are equal. The official code's masks of 0 and 1 have
+      gradients where there is nothing to learn: masks fill their boxes after some hundred steps.
+    - An anchor's mask is held to the harder the better it agrees with the labels (`trust`), and
+      corrected by them as pseudo labels are.
+    - `projection_weight` adds a loss of box labels, and `pairwise_weight` one of the image's
+      colours, for objects whose labels the anchor misses; `loose_prompts` lets the student answer
+      looser prompts than the teacher's; `box_of_points` asks teacher and anchor by a box that is
+      estimated from three points or more. All four are ours, and can be switched off.
     - What follows from the frozen anchor is computed once for each view, not in every step.
     - Nothing is chosen by a test split; the last step's model is what comes out.
 """
@@ -67,7 +73,7 @@ from sam_ext.training.branch import (
     token_groups,
     unpadded,
 )
-from sam_ext.training.losses import dice_loss, mask_iou
+from sam_ext.training.losses import dice_loss, mask_iou, squared_dice_loss
 from sam_ext.training.parts import MASK_STRIDE, Kept, PartSource, PromptChoice, View
 from sam_ext.training.robust import noisy_boxes, random_points
 from sam_ext.training.steps import (
@@ -80,7 +86,9 @@ from sam_ext.training.steps import (
 from sam_ext.training.views import FLIPS, strong_view
 from sam_ext.training.wesam_losses import (
     box_projection_loss,
+    color_affinity,
     contrastive_loss,
+    pairwise_loss,
     pooled_features,
     self_training_focal_loss,
 )
@@ -89,6 +97,7 @@ __all__ = ["PromptChoice", "WesamConfig", "adapt", "default_steps"]
 
 _LOOSE_BOX = 0.2  # strength of `noisy_boxes`
 _POINTS_CHANCE, _MOST_POINTS = 0.5, 3  # that take a box's place
+_DOUBTED, _TRUSTED = 0.85, 0.95  # agreement of an anchor's mask with the labels
 
 
 def default_steps(images: int) -> int:
@@ -118,8 +127,17 @@ class WesamConfig:
     """1 in the source; measured with `tiny`, outlines get worse."""
     projection_weight: float = 1.0
     """Of `box_projection_loss`, for objects with a drawn box; not in the source."""
+    pairwise_weight: float = 2.0
+    """Of `pairwise_loss`, for objects whose labels the anchor misses; not in the source."""
+    sharpness: float = 2.0
+    """By how much the teacher's logits are multiplied before their probabilities are what is
+    learnt; the anchor's are not. Infinite: their masks, with plain Dice, as in the source."""
+    trust: float = 8.0
+    """How many times harder the teacher is held to an anchor's mask that agrees with the labels
+    than to one that does not; 1 in the source."""
     correct_pseudo_masks: bool = True
-    """Let what annotators asserted correct the teacher's masks; not in the source."""
+    """Let what annotators asserted correct the teacher's and the anchor's masks; not in the
+    source."""
     loose_prompts: float = 0.5
     """How often the student is asked more loosely than the teacher, by a jittered box, some of the
     points, or points drawn from the teacher's mask; not in the source."""
@@ -158,6 +176,11 @@ class WesamConfig:
         }
         if bad := {n: v for n, v in weights.items() if not 0 <= v < math.inf}:
             raise ConfigError(f"WesamConfig's numbers must be at least 0 and finite, got {bad}")
+        if not (self.sharpness > 0 and 1 <= self.trust < math.inf):
+            raise ConfigError(
+                "WesamConfig.sharpness must be above 0 and WesamConfig.trust at least 1, "
+                f"got {self.sharpness} and {self.trust}"
+            )
         for name in ("loose_prompts", "crop_chance", "strong_chance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"WesamConfig.{name} must be in 0..1, got {getattr(self, name)}")
@@ -270,14 +293,16 @@ def adapt(
 class _Target(NamedTuple):
     """What the anchor says of a view."""
 
-    masks: Tensor
-    """[P, H / 4, W / 4] bool."""
+    logits: Tensor
+    """[P, H / 4, W / 4], in half precision: all that are kept take much memory."""
     token: Tensor
     """[P], which of the four masks: the single one, or a single point's best of three."""
     features: Tensor
     """[P + 1, 256], the background last."""
     is_ambiguous: bool
     """Whether a single point has three masks; with a plugin it has the single one, too."""
+    trust: Tensor
+    """[P] in 0..1: 1 where the mask agrees with the labels, 0 where it misses them."""
 
 
 def _features(embeddings: Tensor, masks: Tensor) -> Tensor:
@@ -293,7 +318,7 @@ def _anchor_target(anchor: Predictor, view: View, *, is_ambiguous: bool) -> _Tar
     image = torch.from_numpy(view.image).permute(2, 0, 1)
     embedding = anchor.embed(view.image)
     patch = embedding.padded_size[0] // embedding.image_embeddings.shape[-2]
-    token, masks = [], []
+    token, kept = [], []
     answers = anchor.decode_low_res(embedding, view.teacher_prompts)
     for prompt, (low_res, ious, _) in zip(view.teacher_prompts, answers, strict=True):
         logits = unpadded(low_res, image, MASK_STRIDE)
@@ -304,13 +329,16 @@ def _anchor_target(anchor: Predictor, view: View, *, is_ambiguous: bool) -> _Tar
             holds = logits[1:, y, x] > 0
             best = 1 + int((ious[1:] + 10 * holds).argmax())
         token.append(best)
-        masks.append(logits[best] > 0)
+        kept.append(logits[best])
+    masks = torch.stack(kept) > 0
     features = unpadded(embedding.image_embeddings, image, patch)[0].float()
+    trust = (view.agreement(masks) - _DOUBTED) / (_TRUSTED - _DOUBTED)
     return _Target(
-        masks=torch.stack(masks),
+        logits=torch.stack(kept).half(),
         token=torch.tensor(token, device=anchor.device),
-        features=_features(features, torch.stack(masks)),
+        features=_features(features, masks),
         is_ambiguous=is_ambiguous,
+        trust=trust.clamp(0, 1),
     )
 
 
@@ -331,7 +359,7 @@ def _backward(
         The losses before they are weighed, with their weighed sum as `total`, and the mean IoU of
         the student's masks with those it learns.
     """
-    device = target.masks.device
+    device = target.logits.device
     weak = pixels_of(view.image, device)
     strong = strong_view(weak, generator=generator, chance=config.strong_chance)
     pseudo = view.masks.to(device)
@@ -341,15 +369,15 @@ def _backward(
         with torch.set_grad_enabled(learns):
             seen: Seen = module(weak, token_groups(view.teacher_prompts, device))
             teacher = chosen_masks(seen.logits, target.token)
-            losses = _weighed(_teacher_losses(seen, teacher, target, config), config)
+            losses = _weighed(_teacher_losses(seen, teacher, view, target, config), config)
         if learns:
             fabric.backward(_sum(losses))
-        pseudo = _pseudo_masks(teacher.detach() > 0, view, target, config)
+        pseudo = _pseudo_masks(teacher.detach(), view, target, config)
         del seen, teacher
     prompts = view.prompts
     is_loose = bool(torch.rand((), generator=generator) < config.loose_prompts)
     if is_loose:
-        prompts = _loosened(prompts, pseudo, generator)
+        prompts = _loosened(prompts, (pseudo > 0.5).float(), generator)
     seen = module(strong, token_groups(prompts, device))
     of_student, mean_iou = _student_losses(seen, pseudo, prompts, view, target, config)
     of_student = _weighed(of_student, config)
@@ -369,27 +397,56 @@ def _sum(losses: Mapping[str, Tensor]) -> Tensor:
 
 
 def _teacher_losses(
-    seen: Seen, teacher: Tensor, target: _Target, config: WesamConfig
+    seen: Seen, teacher: Tensor, view: View, target: _Target, config: WesamConfig
 ) -> dict[str, Tensor]:
     """Hold the teacher's masks and features to the anchor's."""
     losses = {}
     if config.anchor_weight:
-        losses["anchor"] = 0.5 * dice_loss(teacher, target.masks.float()).mean()
+        weights = 1 + (config.trust - 1) * target.trust
+        values = weights * _dice(teacher, _anchor_shares(view, target, config), config)
+        losses["anchor"] = 0.5 * values.mean()
     if config.contrastive_weight:
         features = _features(seen.embeddings, teacher.detach() > 0)
         losses["contrastive"] = contrastive_loss(features, target.features)
     return losses
 
 
-def _pseudo_masks(masks: Tensor, view: View, target: _Target, config: WesamConfig) -> Tensor:
-    """Make the student's targets [P, H, W] of the teacher's masks [P, H, W] bool."""
+def _dice(logits: Tensor, targets: Tensor, config: WesamConfig) -> Tensor:
+    """Compare masks with what they are to be by the Dice that is least where they are that."""
+    if math.isinf(config.sharpness):
+        return dice_loss(logits, targets)
+    return squared_dice_loss(logits, targets)
+
+
+def _anchor_shares(view: View, target: _Target, config: WesamConfig) -> Tensor:
+    """Say what a model is held to [P, H, W] in 0..1: the anchor's masks, corrected."""
+    sharpness = math.inf if math.isinf(config.sharpness) else 1.0
+    return _corrected(_shares(target.logits, sharpness), view, config)
+
+
+def _pseudo_masks(logits: Tensor, view: View, target: _Target, config: WesamConfig) -> Tensor:
+    """Make the student's targets [P, H, W] in 0..1 of the teacher's logits [P, H, W]."""
+    shares = _corrected(_shares(logits, config.sharpness), view, config)
     if config.correct_pseudo_masks:
-        allowed, required = view.allowed.to(masks.device), view.required.to(masks.device)
-        corrected = (masks & allowed) | required
-        instead = (target.masks & allowed) | required
-        is_left = (masks & allowed).flatten(1).any(1)
-        masks = torch.where(is_left[:, None, None], corrected, instead)
-    return masks.float()
+        is_left = ((logits > 0) & view.allowed.to(logits.device)).flatten(1).any(1)
+        instead = _corrected(_shares(target.logits, config.sharpness), view, config)
+        shares = torch.where(is_left[:, None, None], shares, instead)
+    return shares
+
+
+def _shares(logits: Tensor, sharpness: float) -> Tensor:
+    """Turn logits into probabilities, or with infinite sharpness into masks of 0 and 1."""
+    if math.isinf(sharpness):
+        return (logits > 0).float()
+    return torch.sigmoid(sharpness * logits.float())
+
+
+def _corrected(shares: Tensor, view: View, config: WesamConfig) -> Tensor:
+    """Make masks [P, H, W] what annotators asserted, where they asserted anything."""
+    if not config.correct_pseudo_masks:
+        return shares
+    allowed, required = view.allowed.to(shares.device), view.required.to(shares.device)
+    return (shares * allowed).masked_fill(required, 1.0)
 
 
 def _student_losses(
@@ -406,7 +463,7 @@ def _student_losses(
         The losses, and the mean IoU with the pseudo masks.
     """
     device = pseudo.device
-    known = pseudo.flatten(1).any(1)
+    known = (pseudo > 0.5).flatten(1).any(1)
     single = torch.tensor(
         [prompt.is_single_point and target.is_ambiguous for prompt in prompts], device=device
     )
@@ -414,7 +471,7 @@ def _student_losses(
     per_mask = torch.full(asked.shape, math.inf, device=device)
     wanted = pseudo[asked.nonzero()[:, 0]]
     focal = self_training_focal_loss(seen.logits[asked], wanted)
-    dice = dice_loss(seen.logits[asked], wanted)
+    dice = _dice(seen.logits[asked], wanted, config)
     combined = config.focal_weight * focal + config.dice_weight * dice
     best = per_mask.masked_scatter(asked, combined.detach()).argmin(1)
     at_best = F.one_hot(best, 4).bool()[asked]
@@ -429,12 +486,18 @@ def _student_losses(
     ):
         losses[name] = _mean_where(known, values)
     if config.anchor_weight and config.targets == "teacher":
-        losses["anchor"] = 0.5 * dice_loss(student, target.masks.float()).mean()
+        wanted = _anchor_shares(view, target, config)
+        losses["anchor"] = 0.5 * _dice(student, wanted, config).mean()
+    boxes = view.boxes.to(device)
+    has_box = boxes.flatten(1).any(1)
     if config.projection_weight:
-        boxes = view.boxes.to(device)
-        has_box = boxes.flatten(1).any(1)
         values = box_projection_loss(student, boxes)
         losses["projection"] = _mean_where(has_box, values)
+    if config.pairwise_weight and config.targets == "teacher":
+        affinity = color_affinity(view.image, stride=MASK_STRIDE).to(device)
+        region = torch.where(has_box[:, None, None], boxes, pseudo > 0.5)
+        values = (1 - target.trust) * pairwise_loss(student, affinity, region)
+        losses["pairwise"] = values.mean()
     return losses, _mean_where(known, ious)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sam_ext.errors import ConfigError
@@ -11,7 +14,9 @@ from sam_ext.training.losses import focal_loss
 
 __all__ = [
     "box_projection_loss",
+    "color_affinity",
     "contrastive_loss",
+    "pairwise_loss",
     "pooled_features",
     "self_training_focal_loss",
 ]
@@ -123,3 +128,80 @@ def box_projection_loss(
         overlap = 2 * (u * v).sum(1) + smooth
         loss = loss + 1 - overlap / (u.square().sum(1) + v.square().sum(1) + smooth)
     return loss
+
+
+_NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # the other four are pairs of these
+_SIMILAR = 0.3
+
+
+def color_affinity(image: NDArray[np.uint8], *, stride: int, distance: int = 2) -> Tensor:
+    r"""Say which pixels of a mask look so alike that they belong together.
+
+    .. math:: \exp(-\lVert c_i - c_j \rVert / 2) \ge 0.3, \quad c \text{ in CIELAB}
+
+    Args:
+        image: [H, W, 3] RGB in 0..255.
+        stride: Pixels of the image per pixel of a mask, along each axis.
+        distance: Of two pixels that are compared, in pixels of a mask, along each axis or both.
+
+    Returns:
+        [4, h, w] bool: each mask pixel with the one to its right, below, below to the right and
+        below to the left; False where that lies outside.
+
+    Source:
+        Tian et al., arXiv:2012.02310, section 3.2.
+    """
+    height, width = image.shape[:2]
+    size = (-(-width // stride), -(-height // stride))
+    small = cv2.resize(image.astype(np.float32) / 255, size, interpolation=cv2.INTER_AREA)
+    lab = torch.from_numpy(cv2.cvtColor(small, cv2.COLOR_RGB2LAB)).permute(2, 0, 1)
+    similar = torch.zeros(len(_NEIGHBOURS), *lab.shape[1:], dtype=torch.bool)
+    for number, step in enumerate(_NEIGHBOURS):
+        here, there = _pairs(lab, step, distance)
+        alike = torch.exp(-(here - there).norm(dim=0) / 2) >= _SIMILAR
+        _pairs(similar[number], step, distance)[0].copy_(alike)
+    return similar
+
+
+def pairwise_loss(logits: Tensor, affinity: Tensor, region: Tensor, *, distance: int = 2) -> Tensor:
+    r"""Want pixels that look alike to be both in a mask, or both outside.
+
+    .. math:: -\frac{1}{N} \sum_{(i, j)} \log(p_i p_j + (1 - p_i)(1 - p_j))
+
+    over the N pairs that look alike and of which one lies in the object's region.
+
+    Args:
+        logits: [P, H, W].
+        affinity: [4, H, W], of `color_affinity`.
+        region: [P, H, W] bool, where the object is.
+        distance: The one of `affinity`.
+
+    Returns:
+        One value per mask, [P]; 0 where no pair counts.
+
+    Source:
+        Tian et al., arXiv:2012.02310, section 3.2.
+
+    Differs from the source:
+        Averaged over each object's pairs, not over those of all objects.
+    """
+    inside, outside = F.logsigmoid(logits), F.logsigmoid(-logits)
+    total, count = logits.new_zeros(len(logits)), logits.new_zeros(len(logits))
+    for number, step in enumerate(_NEIGHBOURS):
+        first, second = _pairs(inside, step, distance)
+        third, fourth = _pairs(outside, step, distance)
+        in_region = torch.logical_or(*_pairs(region, step, distance))
+        counted = in_region & _pairs(affinity[number], step, distance)[0]
+        loss = -torch.logaddexp(first + second, third + fourth)
+        total = total + (loss * counted).flatten(1).sum(1)
+        count = count + counted.flatten(1).sum(1)
+    return total / count.clamp(min=1)
+
+
+def _pairs(maps: Tensor, step: tuple[int, int], distance: int) -> tuple[Tensor, Tensor]:
+    """Cut two views out of maps [..., H, W], of each pixel and of the one a step (y, x) away."""
+    height, width = maps.shape[-2:]
+    down, right = (one * distance for one in step)
+    here = maps[..., : height - down, max(-right, 0) : width - max(right, 0)]
+    there = maps[..., down:, max(right, 0) : width - max(-right, 0)]
+    return here, there

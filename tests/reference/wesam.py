@@ -1,4 +1,4 @@
-"""WeSAM's losses (arXiv:2312.03502), written out pixel by pixel, and BoxInst's projection."""
+"""WeSAM's losses (arXiv:2312.03502) and BoxInst's (arXiv:2012.02310), written out by pixel."""
 
 import math
 
@@ -63,3 +63,35 @@ def projection(mask, box, smooth):
     rows = dice([max(row) for row in p], [max(row) for row in b])
     columns = dice([max(c) for c in zip(*p, strict=True)], [max(c) for c in zip(*b, strict=True)])
     return rows + columns
+
+
+NEIGHBOURS = [(0, 1), (1, 0), (1, 1), (1, -1)]
+
+
+def pairs(height, width, distance):
+    """Yield each pair of neighbouring pixels once: which neighbour, here, there."""
+    for number, (down, right) in enumerate(NEIGHBOURS):
+        for y in range(height):
+            for x in range(width):
+                there = y + down * distance, x + right * distance
+                if 0 <= there[0] < height and 0 <= there[1] < width:
+                    yield number, (y, x), there
+
+
+def alike(lab, distance):
+    """Which pairs of the pixels lab[y][x] look alike: a set of (neighbour, y, x)."""
+    found = set()
+    for number, (y, x), (v, u) in pairs(len(lab), len(lab[0]), distance):
+        if math.exp(-math.dist(lab[y][x], lab[v][u]) / 2) >= 0.3:
+            found.add((number, y, x))
+    return found
+
+
+def pairwise(mask, affinity, region, distance):
+    """Mean over the pairs that look alike and have a pixel in the region."""
+    values = []
+    for number, (y, x), (v, u) in pairs(len(mask), len(mask[0]), distance):
+        if (number, y, x) in affinity and (region[y][x] or region[v][u]):
+            p, q = sigmoid(mask[y][x]), sigmoid(mask[v][u])
+            values.append(-math.log(p * q + (1 - p) * (1 - q)))
+    return sum(values) / len(values) if values else 0.0

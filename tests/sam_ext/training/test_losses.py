@@ -8,6 +8,7 @@ from sam_ext.training.losses import (
     focal_loss,
     mask_iou,
     soft_iou_loss,
+    squared_dice_loss,
 )
 from tests.reference import losses as reference
 
@@ -47,6 +48,30 @@ def test_dice_loss_is_the_papers(logits, targets, smooth):
     wanted = each(lambda a, b: reference.dice(a, b, smooth), logits, targets)
     got = dice_loss(logits, targets, smooth=smooth)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("smooth", [1.0, 0.1])
+def test_squared_dice_loss_is_the_papers(logits, targets, smooth):
+    soft = 0.7 * targets + 0.2
+    wanted = each(lambda a, b: reference.squared_dice(a, b, smooth), logits, soft)
+    got = squared_dice_loss(logits, soft, smooth=smooth)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_squared_dice_wants_exactly_a_soft_target_and_plain_dice_a_mask(logits):
+    targets = logits.sigmoid()
+    moved = {}
+    for loss in (squared_dice_loss, dice_loss):
+        given = logits.clone().requires_grad_()
+        value = loss(given, targets)
+        value.sum().backward()
+        moved[loss] = value, given.grad
+    value, gradient = moved[squared_dice_loss]
+    assert value.abs().max() < 1e-12
+    assert gradient.abs().max() < 1e-12
+    value, gradient = moved[dice_loss]
+    assert (value > 0.01).all()
+    assert gradient.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("balanced", [False, True])

@@ -11,7 +11,7 @@ from sam_ext.labels import LabelledImage, LabelledObject
 from sam_ext.predictor import Crop, ObjectPrompt, Predictor
 from sam_ext.resolution import ResolutionPolicy
 from sam_ext.training import parts as module
-from sam_ext.training.parts import Kept, PartSource, prompt_of, with_box_of_points
+from sam_ext.training.parts import Kept, PartSource, View, prompt_of, with_box_of_points
 from sam_ext.training.views import FLIPS, Flip
 
 CROPS = CropPolicy(min_object_px=24, context=2, min_side=32)
@@ -327,3 +327,31 @@ def test_what_any_mask_covers_is_known_of_every_view(anchor):
             assert part.view.covered.max() == 1
             turned = part.view.flipped(Flip(True, False)).covered
             assert torch.equal(turned, part.view.covered.flip(-1))
+
+
+def test_how_far_masks_agree_with_what_was_drawn():
+    """A drawn mask says most, then a box, then points."""
+    nothing = torch.zeros(4, 8, 10, dtype=torch.bool)
+    boxes, drawn, required, forbidden = (nothing.clone() for _ in range(4))
+    drawn[0, 2:4, 2:6] = True
+    boxes[:2, 1:6, 2:8] = True
+    required[:3, 2, [3, 5]] = True
+    forbidden[:3, 7, 9] = True
+    view = View(
+        image=np.zeros((32, 40, 3), np.uint8),
+        prompts=(),
+        teacher_prompts=(),
+        allowed=~forbidden,
+        required=required,
+        boxes=boxes,
+        masks=drawn.float(),
+        covered=torch.zeros(8, 10),
+    )
+    masks = nothing.clone()
+    assert view.agreement(masks).tolist() == pytest.approx([0, 0, 1 / 3, 1])
+    masks[0, 2:4, 2:4] = True
+    masks[1, 1:6, 4] = masks[1, 3, 2:8] = True  # a cross as wide and high as the box
+    masks[2] = True
+    assert view.agreement(masks).tolist() == pytest.approx([0.5, 1, 2 / 3, 1])
+    masks[1, 7, 1] = True  # the mask's box is now 7 by 7 pixels, the drawn one 5 by 6
+    assert view.agreement(masks)[1].item() == pytest.approx(30 / 49)

@@ -83,6 +83,7 @@ def test_only_lora_is_trained_and_the_given_sam_is_not_touched(small_sam):
     [
         pytest.param({}, {"box": True}, id="boxes"),
         pytest.param({"projection_weight": 0.0}, {"box": True}, id="boxes, without their loss"),
+        pytest.param({"sharpness": math.inf}, {"box": True}, id="boxes, with hard targets"),
         pytest.param({"loose_prompts": 1.0}, {"box": True}, id="jittered boxes"),
         pytest.param({"prompts": "point"}, {"point": True}, id="points"),
         pytest.param({"loose_prompts": 1.0}, {"point": True}, id="some of the points"),
@@ -102,15 +103,26 @@ def test_every_kind_of_label_trains(small_sam, monkeypatch, settings, of_object)
     assert all(parameter.any() for parameter in lora_parameters(adapted))
     names = {*SELF_TRAINING, "total"}
     if settings.get("targets") != "masks":
-        names |= {"anchor", "contrastive"}
+        names |= {"anchor", "contrastive", "pairwise"}
     if "projection_weight" not in settings:
         names.add("projection")
     assert set(steps[0].losses) == names
 
 
+SAME_VIEW = {"strong_chance": 0.0, "correct_pseudo_masks": False, "loose_prompts": 0.0}
+
+
+def test_at_the_start_there_is_nothing_to_learn_from_an_unchanged_view(small_sam):
+    """Teacher, student and anchor say the same, and that is what is wanted of them."""
+    _, [step] = curve(small_sam, images(1), config(steps=1, sharpness=1.0, **SAME_VIEW))
+    assert step.losses["focal"] == pytest.approx(0, abs=1e-6)
+    assert step.losses["dice"] == pytest.approx(0, abs=1e-4)
+    assert step.losses["anchor"] == pytest.approx(0, abs=1e-3)  # its logits are kept as halves
+
+
 def test_at_the_start_the_teacher_is_the_anchor_and_an_unchanged_view_the_teachers(small_sam):
-    """Then the anchor loss is Dice of the anchor's logits and its own mask, twice a half."""
-    settings = config(steps=1, strong_chance=0.0, correct_pseudo_masks=False, loose_prompts=0.0)
+    """Then the source's anchor loss is Dice of the anchor's logits and its mask, twice a half."""
+    settings = config(steps=1, sharpness=math.inf, trust=1.0, **SAME_VIEW)
     _, [step] = curve(small_sam, images(1), settings)
     anchor = Predictor(small_sam, policy=POLICY)
     found = []
@@ -145,9 +157,10 @@ def first_view(anchor):
 @pytest.mark.parametrize(
     ("off", "left"),
     [
-        ("anchor", {"focal", "dice", "iou", "contrastive", "projection"}),
-        ("contrastive", {"focal", "dice", "iou", "anchor", "projection"}),
-        ("projection", {"focal", "dice", "iou", "anchor", "contrastive"}),
+        ("anchor", {"focal", "dice", "iou", "contrastive", "projection", "pairwise"}),
+        ("contrastive", {"focal", "dice", "iou", "anchor", "projection", "pairwise"}),
+        ("projection", {"focal", "dice", "iou", "anchor", "contrastive", "pairwise"}),
+        ("pairwise", {"focal", "dice", "iou", "anchor", "contrastive", "projection"}),
     ],
 )
 def test_a_loss_that_is_switched_off_is_not_there(small_sam, off, left):
@@ -157,7 +170,7 @@ def test_a_loss_that_is_switched_off_is_not_there(small_sam, off, left):
 
 def test_losses_are_told_as_they_are_weighed_and_the_total_is_their_sum(small_sam):
     weights = {"focal": 3.0, "dice": 0.5, "iou": 2.0, "anchor": 0.25, "contrastive": 1.5}
-    weights["projection"] = 0.75
+    weights |= {"projection": 0.75, "pairwise": 1.25}
     heavy = config(steps=1, **{f"{name}_weight": weight for name, weight in weights.items()})
     light = config(steps=1, **{f"{name}_weight": 1.0 for name in weights})
     (_, [weighed]), (_, [plain]) = (curve(small_sam, images(), one) for one in (heavy, light))
@@ -171,7 +184,7 @@ def test_losses_are_told_as_they_are_weighed_and_the_total_is_their_sum(small_sa
 
 def test_the_teacher_alone_is_held_to_the_anchor_and_learns_from_it(small_sam):
     """With every loss of the student switched off, gradients still come through the teacher."""
-    off = {f"{name}_weight": 0.0 for name in (*SELF_TRAINING, "projection")}
+    off = {f"{name}_weight": 0.0 for name in (*SELF_TRAINING, "projection", "pairwise")}
     settings = config(steps=2, anchor_weight=0.0, learning_rate=0.01, weight_decay=0.0, **off)
     assert settings.contrastive_weight > 0
     adapted = adapt(small_sam, images(), settings)
@@ -191,22 +204,88 @@ def test_correction_keeps_pseudo_masks_to_what_annotators_asserted():
         boxes=torch.zeros(3, 1, 4).bool(),
         masks=torch.zeros(3, 1, 4),
     )
-    teacher = torch.tensor([[[1, 0, 1, 1]], [[1, 1, 0, 0]], [[0, 0, 0, 0]]]).bool()
-    anchors = torch.tensor([[[0, 0, 0, 0]], [[1, 1, 1, 1]], [[1, 0, 0, 0]]]).bool()
-    target = wesam._Target(
-        masks=anchors,
-        token=torch.zeros(3).long(),
-        features=torch.zeros(4, 2),
-        is_ambiguous=True,
-    )
-    got = wesam._pseudo_masks(teacher, view, target, config())
-    assert got.tolist() == [
+    teacher = torch.tensor([[[1, 0, 1, 1]], [[1, 1, 0, 0]], [[0, 0, 0, 0]]]) * 4.0 - 2
+    anchors = torch.tensor([[[0, 0, 0, 0]], [[1, 1, 1, 1]], [[1, 0, 0, 0]]]) * 2.0 - 1
+    target = target_of(anchors)
+    wanted = [
         [[1, 1, 0, 0]],  # what is not allowed goes, what is required comes
         [[0, 0, 0, 1]],  # nothing is left: the anchor's
         [[1, 0, 0, 1]],
     ]
-    plain = wesam._pseudo_masks(teacher, view, target, config(correct_pseudo_masks=False))
-    assert torch.equal(plain, teacher.float())
+    hard, soft = config(sharpness=math.inf), config(sharpness=2.0)
+    assert wesam._pseudo_masks(teacher, view, target, hard).tolist() == wanted
+    high, of_anchor = 1 / (1 + math.exp(-4)), 1 / (1 + math.exp(-2))
+    no = 1 - of_anchor
+    expected = [[[high, 1, 0, 0]], [[0, 0, 0, of_anchor]], [[of_anchor, no, no, 1]]]
+    torch.testing.assert_close(
+        wesam._pseudo_masks(teacher, view, target, soft), torch.tensor(expected)
+    )
+    held = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))
+    torch.testing.assert_close(
+        wesam._anchor_shares(view, target, soft),
+        torch.tensor([[[held[1], 1, 0, 0]], [[0, 0, 0, held[0]]], [[held[0], *[held[1]] * 2, 1]]]),
+    )
+    plain = replace(hard, correct_pseudo_masks=False)
+    assert torch.equal(wesam._pseudo_masks(teacher, view, target, plain), (teacher > 0).float())
+
+
+def target_of(logits, trust=0.0):
+    return wesam._Target(
+        logits=logits.half(),
+        token=torch.zeros(len(logits)).long(),
+        features=torch.zeros(len(logits) + 1, 2),
+        is_ambiguous=True,
+        trust=torch.full((len(logits),), trust),
+    )
+
+
+def test_the_teacher_is_held_harder_to_an_anchor_that_the_labels_trust(small_sam):
+    anchor = Predictor(small_sam, policy=POLICY)
+    view = first_view(anchor)
+    logits = torch.randn(1, 12, 20)
+    teacher = torch.randn(1, 12, 20)
+    seen = Seen(torch.zeros(256, 3, 5), torch.zeros(1, 4, 12, 20), torch.zeros(1, 4))
+    held = [
+        wesam._teacher_losses(
+            seen, teacher, view, target_of(logits, trust), config(trust=5.0, contrastive_weight=0.0)
+        )["anchor"].item()
+        for trust in (0.0, 0.5, 1.0)
+    ]
+    assert held == pytest.approx([held[0], 3 * held[0], 5 * held[0]])
+    assert held[0] > 0
+
+
+@pytest.mark.parametrize(("sides", "trust"), [((10, 8), 1.0), ((12, 8), 0.5), ((20, 12), 0.0)])
+def test_an_anchor_is_trusted_as_far_as_its_box_is_the_drawn_one(
+    small_sam, monkeypatch, sides, trust
+):
+    boxes = torch.zeros(1, 16, 24, dtype=torch.bool)
+    boxes[0, 2:10, 3:13] = True
+    if trust == 0.5:
+        boxes[0, 2:10, 3:14] = True  # 10 of 11 columns of the mask below: 0.909
+        sides = (10, 8)
+    mask = torch.full((1, 1, 16, 24), -5.0)
+    mask[0, 0, 2 : 2 + sides[1], 3 : 3 + sides[0]] = 5.0
+    anchor = Predictor(small_sam, policy=POLICY)
+    prompt = ObjectPrompt(
+        point_coords=np.zeros((0, 2)),
+        point_labels=np.zeros(0, int),
+        box_xyxy=np.array([12.0, 8, 52, 40]),
+    )
+    view = parts.View(
+        covered=torch.zeros(16, 24),
+        image=np.zeros((64, 96, 3), np.uint8),
+        prompts=(prompt,),
+        teacher_prompts=(prompt,),
+        allowed=boxes,
+        required=torch.zeros_like(boxes),
+        boxes=boxes,
+        masks=torch.zeros(1, 16, 24),
+    )
+    answer = (mask[0].expand(4, -1, -1), torch.zeros(4), None)
+    monkeypatch.setattr(anchor, "decode_low_res", lambda *_: [answer])
+    got = wesam._anchor_target(anchor, view, is_ambiguous=True).trust.item()
+    assert got == pytest.approx({1.0: 1.0, 0.5: (10 / 11 - 0.85) / 0.1, 0.0: 0.0}[trust], abs=1e-5)
 
 
 def test_full_supervision_learns_the_masks(small_sam):
@@ -339,6 +418,8 @@ def test_no_image_is_refused(small_sam):
         ({"anchor_weight": -1.0}, "at least 0 and finite, got {'anchor_weight': -1.0}"),
         ({"learning_rate": math.inf}, "'learning_rate': inf"),
         ({"crop_chance": 1.5}, r"crop_chance must be in 0\.\.1, got 1\.5"),
+        ({"sharpness": 0.0}, "sharpness must be above 0 and WesamConfig.trust at least 1, got 0.0"),
+        ({"trust": 0.5}, "trust at least 1, got 2.0 and 0.5"),
         ({"rank": 0}, "rank and WesamConfig.max_objects must be at least 1, got 0 and 20"),
     ],
 )
@@ -417,8 +498,9 @@ def test_a_single_point_is_answered_by_the_best_of_three_and_others_by_the_singl
         boxes=torch.zeros(1, 8, 8).bool(),
         masks=torch.zeros(1, 8, 8),
     )
-    target = wesam._Target(wanted.bool(), torch.zeros(1).long(), torch.zeros(2, 2), True)
-    losses, mean_iou = wesam._student_losses(seen, wanted, [prompt], view, target, config())
+    target = target_of(20 * wanted - 10)
+    settings = config(sharpness=math.inf)
+    losses, mean_iou = wesam._student_losses(seen, wanted, [prompt], view, target, settings)
     chosen = logits[:, 2 if single else 0]
     assert losses["dice"].item() == pytest.approx(dice_loss(chosen, wanted).item())
     assert losses["anchor"].item() == pytest.approx(0.5 * dice_loss(chosen, wanted).item())

@@ -1,3 +1,5 @@
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -5,7 +7,9 @@ from sam_ext.errors import ConfigError
 from sam_ext.training.losses import dice_loss, focal_loss
 from sam_ext.training.wesam_losses import (
     box_projection_loss,
+    color_affinity,
     contrastive_loss,
+    pairwise_loss,
     pooled_features,
     self_training_focal_loss,
 )
@@ -119,3 +123,48 @@ def test_on_the_sides_of_a_box_a_mask_may_end_a_pixel_earlier_or_later():
     assert (strict > 0.1).all()
     assert slack[:2].tolist() == pytest.approx([0, 0], abs=1e-6)
     assert slack[2] > 0.5
+
+
+@pytest.mark.parametrize("distance", [1, 2])
+def test_which_pixels_look_alike_is_the_papers(distance):
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (6, 7, 3)) // 64 * 64
+    image = np.kron(blocks, np.ones((4, 4, 1))).astype(np.uint8)  # a mask's pixel is one colour
+    lab = cv2.cvtColor(blocks.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    wanted = reference.alike(lab.astype(float).tolist(), distance)
+    got = color_affinity(image, stride=4, distance=distance)
+    assert got.shape == (4, 6, 7)
+    assert {tuple(one) for one in got.nonzero().tolist()} == wanted
+    assert wanted  # some do
+
+
+def test_an_image_that_is_no_multiple_of_the_stride_has_masks_that_are_rounded_up():
+    assert color_affinity(np.zeros((10, 21, 3), np.uint8), stride=4).shape == (4, 3, 6)
+
+
+@pytest.mark.parametrize("distance", [1, 2])
+def test_the_pairwise_loss_is_the_papers(logits, distance):
+    affinity = torch.rand(4, 4, 5) > 0.4
+    region = torch.rand(3, 4, 5) > 0.5
+    region[2] = False
+    kept = {tuple(one) for one in affinity.nonzero().tolist()}
+    got = pairwise_loss(logits, affinity, region, distance=distance)
+    for mask, where, value in zip(logits.tolist(), region.tolist(), got.tolist(), strict=True):
+        wanted = reference.pairwise(mask, kept, where, distance)
+        assert value == pytest.approx(wanted, rel=0, abs=1e-12)
+    assert got[2] == 0
+    assert (got[:2] > 0).all()
+
+
+def test_a_mask_that_ends_where_the_colour_does_costs_less():
+    image = np.full((48, 64, 3), 60, np.uint8)
+    image[12:36, 16:48] = (200, 180, 40)
+    affinity = color_affinity(image, stride=4)
+    masks = torch.full((3, 12, 16), -8.0)
+    masks[0, 3:9, 4:12] = 8.0
+    masks[1, 4:10, 4:12] = 8.0  # a row too low
+    masks[2, 2:10, 3:13] = 8.0  # too large
+    region = torch.ones(3, 12, 16, dtype=torch.bool)
+    right, low, large = pairwise_loss(masks, affinity, region).tolist()
+    assert right < 0.01
+    assert min(low, large) > 0.1
