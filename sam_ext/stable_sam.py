@@ -124,8 +124,7 @@ class StableSam(nn.Module):
                 f"features must have {height} x {width} tokens, got {count}; "
                 "name the grid that they come from"
             )
-        in_its_precision = self.transform(features.to(self.transform.weight.dtype))
-        transformed = in_its_precision.to(features.dtype)
+        transformed = self.transform(features.to(self.transform.weight.dtype))
         # The tokens as they lie are an image of channels last; a copy of it would cost more than
         # the convolution.
         as_image = transformed.view(objects, height, width, -1).permute(0, 3, 1, 2)
@@ -138,8 +137,8 @@ class StableSam(nn.Module):
             weights = token.new_tensor([1.0, 0.0]).expand(objects, 2)
         else:
             weights = self.router(token).softmax(dim=-1)
-        share = weights[:, 0, None, None].to(shifted.dtype)
-        return Routed(torch.lerp(features.to(shifted.dtype), shifted, share), weights)
+        share = weights[:, 0, None, None].to(features.dtype)
+        return Routed(torch.lerp(features, shifted.to(features.dtype), share), weights)
 
 
 def plugin_for(plugin: StableSam | None, *, is_several_points: bool) -> StableSam | None:
@@ -171,7 +170,9 @@ def inherited_plugin(plugin: StableSam | None) -> StableSam | None:
 
 
 def prepare_stable_sam(plugin: StableSam, dtype: torch.dtype) -> StableSam:
-    """Return a plugin that makes its 1 x 1 convolution, most of its work, in `dtype`.
+    """Return a plugin that looks for offsets and reads shifted tokens in `dtype`.
+
+    The router stays as it is, and so does the sum of shifted and plain tokens.
 
     Returns:
         The plugin itself if it does, else a copy.
@@ -179,7 +180,8 @@ def prepare_stable_sam(plugin: StableSam, dtype: torch.dtype) -> StableSam:
     if plugin.transform.weight.dtype == dtype:
         return plugin
     prepared = copy.deepcopy(plugin)
-    prepared.transform.to(dtype)
+    for module in (prepared.transform, prepared.depthwise, prepared.norm, prepared.offset):
+        module.to(dtype)
     return prepared
 
 
