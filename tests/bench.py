@@ -113,15 +113,15 @@ def embed_rows(model: Path, *, sizes_hw: Sequence[tuple[int, int]], repeats: int
 
 
 def decode_rows(model: Path, *, counts: Sequence[int], repeats: int) -> list[Row]:
-    """Boxes to masks on one image, with Stable-SAM's plugin and without, in turns."""
+    """Boxes to masks on one image, as served, with Stable-SAM's plugin and without, in turns."""
     sam = load_sam(str(model), weights_dir=model.parent)
     policy = default_policy(sam.image_encoder.img_size)
     torch.manual_seed(0)
     plugin = StableSam()
     torch.nn.init.normal_(plugin.offset.weight, std=0.1)  # or nothing would be shifted
     predictors = {
-        "": Predictor(sam, policy=policy),
-        ", with plugin": Predictor(sam, policy=policy, stable_sam=plugin.eval()),
+        "": Predictor(sam, policy=policy, precision="auto"),
+        ", with plugin": Predictor(sam, policy=policy, precision="auto", stable_sam=plugin.eval()),
     }
     image = np.asarray(random_image(0, size_hw=CLICK_SIZE_HW))
     embedding = predictors[""].embed(image)
