@@ -92,23 +92,18 @@ class View:
     """[H / 4, W / 4], the share that any mask of the image covers, also those not asked for."""
 
     def agreement(self, masks: Tensor) -> Tensor:
-        """Say how far masks agree with what annotators drew.
+        """Say how far masks agree with the boxes and masks that annotators drew.
 
         Args:
             masks: [P, H / 4, W / 4] bool.
 
         Returns:
-            [P] in 0..1: the IoU with a drawn mask; else the IoU of the mask's box with a drawn
-            box; else the share of the drawn points that the mask is right about. 1 where nothing
-            was drawn.
+            [P] in 0..1: the IoU with a drawn mask, else that of the mask's box with a drawn box. 0
+            where there is neither: points are easily agreed with.
         """
         device = masks.device
         boxes, drawn = self.boxes.to(device), self.masks.to(device) > 0.5
-        required, forbidden = self.required.to(device), ~self.allowed.to(device)
-        points = (required | forbidden).flatten(1).sum(1)
-        right = ((masks & required) | (~masks & forbidden)).flatten(1).sum(1)
-        agreed = torch.where(points > 0, right / points.clamp(min=1), 1.0)
-        agreed = torch.where(boxes.flatten(1).any(1), _box_ious(masks, boxes), agreed)
+        agreed = _box_ious(masks, boxes) * boxes.flatten(1).any(1)
         return torch.where(drawn.flatten(1).any(1), _ious(masks, drawn), agreed)
 
     def flipped(self, flip: Flip) -> View:

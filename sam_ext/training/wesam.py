@@ -28,10 +28,10 @@ Differs from the source:
     - What teacher and anchor give to learn is their probabilities, the teacher's sharpened, with a
       Dice that is least where the two are equal. The official code's masks of 0 and 1 have
       gradients where there is nothing to learn: masks fill their boxes after some hundred steps.
-    - An anchor's mask is held to the harder the better it agrees with the labels (`trust`), and
-      corrected by them as pseudo labels are.
+    - An anchor's mask is held to the harder the better it agrees with a drawn box or mask
+      (`trust`), and corrected by the labels as pseudo labels are.
     - `projection_weight` adds a loss of box labels, and `pairwise_weight` one of the image's
-      colours, for objects whose labels the anchor misses; `loose_prompts` lets the student answer
+      colours, for objects whose box the anchor misses; `loose_prompts` lets the student answer
       looser prompts than the teacher's; `box_of_points` asks teacher and anchor by a box that is
       estimated from three points or more. All four are ours, and can be switched off.
     - What follows from the frozen anchor is computed once for each view, not in every step.
@@ -128,13 +128,14 @@ class WesamConfig:
     projection_weight: float = 1.0
     """Of `box_projection_loss`, for objects with a drawn box; not in the source."""
     pairwise_weight: float = 2.0
-    """Of `pairwise_loss`, for objects whose labels the anchor misses; not in the source."""
+    """Of `pairwise_loss`, for objects with a drawn box that the anchor misses; not in the
+    source."""
     sharpness: float = 2.0
     """By how much the teacher's logits are multiplied before their probabilities are what is
     learnt; the anchor's are not. Infinite: their masks, with plain Dice, as in the source."""
     trust: float = 8.0
-    """How many times harder the teacher is held to an anchor's mask that agrees with the labels
-    than to one that does not; 1 in the source."""
+    """How many times harder the teacher is held to an anchor's mask that agrees with a drawn box
+    or mask than to any other; 1 in the source."""
     correct_pseudo_masks: bool = True
     """Let what annotators asserted correct the teacher's and the anchor's masks; not in the
     source."""
@@ -302,7 +303,7 @@ class _Target(NamedTuple):
     is_ambiguous: bool
     """Whether a single point has three masks; with a plugin it has the single one, too."""
     trust: Tensor
-    """[P] in 0..1: 1 where the mask agrees with the labels, 0 where it misses them."""
+    """[P] in 0..1: 1 where the mask agrees with a drawn box or mask, 0 where not."""
 
 
 def _features(embeddings: Tensor, masks: Tensor) -> Tensor:
@@ -495,9 +496,8 @@ def _student_losses(
         losses["projection"] = _mean_where(has_box, values)
     if config.pairwise_weight and config.targets == "teacher":
         affinity = color_affinity(view.image, stride=MASK_STRIDE).to(device)
-        region = torch.where(has_box[:, None, None], boxes, pseudo > 0.5)
-        values = (1 - target.trust) * pairwise_loss(student, affinity, region)
-        losses["pairwise"] = values.mean()
+        values = (1 - target.trust) * pairwise_loss(student, affinity, boxes)
+        losses["pairwise"] = _mean_where(has_box, values)
     return losses, _mean_where(known, ious)
 
 

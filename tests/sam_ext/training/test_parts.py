@@ -330,13 +330,13 @@ def test_what_any_mask_covers_is_known_of_every_view(anchor):
 
 
 def test_how_far_masks_agree_with_what_was_drawn():
-    """A drawn mask says most, then a box, then points."""
-    nothing = torch.zeros(4, 8, 10, dtype=torch.bool)
+    """A drawn mask says more than a box, and points say nothing."""
+    nothing = torch.zeros(3, 8, 10, dtype=torch.bool)
     boxes, drawn, required, forbidden = (nothing.clone() for _ in range(4))
     drawn[0, 2:4, 2:6] = True
     boxes[:2, 1:6, 2:8] = True
-    required[:3, 2, [3, 5]] = True
-    forbidden[:3, 7, 9] = True
+    required[:, 2, [3, 5]] = True
+    forbidden[:, 7, 9] = True
     view = View(
         image=np.zeros((32, 40, 3), np.uint8),
         prompts=(),
@@ -348,10 +348,10 @@ def test_how_far_masks_agree_with_what_was_drawn():
         covered=torch.zeros(8, 10),
     )
     masks = nothing.clone()
-    assert view.agreement(masks).tolist() == pytest.approx([0, 0, 1 / 3, 1])
+    assert view.agreement(masks).tolist() == pytest.approx([0, 0, 0])
     masks[0, 2:4, 2:4] = True
     masks[1, 1:6, 4] = masks[1, 3, 2:8] = True  # a cross as wide and high as the box
     masks[2] = True
-    assert view.agreement(masks).tolist() == pytest.approx([0.5, 1, 2 / 3, 1])
+    assert view.agreement(masks).tolist() == pytest.approx([0.5, 1, 0])
     masks[1, 7, 1] = True  # the mask's box is now 7 by 7 pixels, the drawn one 5 by 6
     assert view.agreement(masks)[1].item() == pytest.approx(30 / 49)
