@@ -26,6 +26,7 @@ _LOSSES = {
     "free_soft_iou": "overlap, no prompt",
     "free_iou": "predicted IoU, no prompt",
     "projection": "projection",
+    "pairwise": "colours",
     "anchor": "anchor",
     "contrastive": "contrastive",
 }

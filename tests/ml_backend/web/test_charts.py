@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
+from ml_backend.web import charts
 from ml_backend.web.charts import iou_chart, loss_chart, progress_chart
+from sam_ext.training.wesam import WesamConfig
 from tests.ml_backend.web.content import curve
 
 
@@ -31,6 +35,19 @@ def test_losses_of_full_masks_are_drawn_too():
     rows = [{"step": n, "total": 1.0, "bce": 0.5, "free_soft_iou": 0.9} for n in (1, 2)]
     names = [line.name for line in loss_chart(rows).lines]
     assert names == ["sum", "cross-entropy", "overlap, no prompt"]
+
+
+def test_each_of_wesams_losses_is_drawn_in_a_colour_of_its_own():
+    weights = [field.name for field in fields(WesamConfig) if field.name.endswith("_weight")]
+    losses = [name.removesuffix("_weight") for name in weights]
+    rows = [{"step": n, "total": 1.0} | dict.fromkeys(losses, 0.1) for n in (1, 2)]
+    lines = loss_chart(rows).lines
+    assert len(lines) == 1 + len(losses)
+    css = (Path(charts.__file__).parent / "static" / "page.css").read_text()
+    for number in range(1, len(lines)):
+        assert css.count(f"--line-{number}: #") == 2  # by day and by night
+        assert f".line-{number} {{" in css
+        assert f".key-{number}::before {{" in css
 
 
 def test_the_iou_is_drawn_over_the_steps():
