@@ -255,6 +255,22 @@ def test_the_teacher_is_held_harder_to_an_anchor_that_the_labels_trust(small_sam
     assert held[0] > 0
 
 
+def test_colours_are_asked_where_the_anchor_misses_a_drawn_box(small_sam):
+    view = first_view(Predictor(small_sam, policy=POLICY))
+    seen = Seen(torch.zeros(256, 3, 5), torch.randn(1, 4, 12, 20), torch.zeros(1, 4))
+    pseudo, logits = torch.ones(1, 12, 20), torch.randn(1, 12, 20)
+
+    def pairwise(view, trust):
+        target = target_of(logits, trust)
+        losses, _ = wesam._student_losses(seen, pseudo, view.prompts, view, target, config())
+        return losses["pairwise"].item()
+
+    doubted = pairwise(view, 0.0)
+    assert doubted > 0
+    assert pairwise(view, 0.75) == pytest.approx(doubted / 4)
+    assert pairwise(replace(view, boxes=torch.zeros_like(view.boxes)), 0.0) == 0
+
+
 @pytest.mark.parametrize(("sides", "trust"), [((10, 8), 1.0), ((12, 8), 0.5), ((20, 12), 0.0)])
 def test_an_anchor_is_trusted_as_far_as_its_box_is_the_drawn_one(
     small_sam, monkeypatch, sides, trust

@@ -128,14 +128,14 @@ def test_on_the_sides_of_a_box_a_mask_may_end_a_pixel_earlier_or_later():
 @pytest.mark.parametrize("distance", [1, 2])
 def test_which_pixels_look_alike_is_the_papers(distance):
     rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, (6, 7, 3)) // 64 * 64
+    blocks = 120 + rng.integers(0, 8, (6, 7, 3))
     image = np.kron(blocks, np.ones((4, 4, 1))).astype(np.uint8)  # a mask's pixel is one colour
     lab = cv2.cvtColor(blocks.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     wanted = reference.alike(lab.astype(float).tolist(), distance)
     got = color_affinity(image, stride=4, distance=distance)
     assert got.shape == (4, 6, 7)
     assert {tuple(one) for one in got.nonzero().tolist()} == wanted
-    assert wanted  # some do
+    assert 5 < len(wanted) < got.numel() / 2  # some do, most do not
 
 
 def test_an_image_that_is_no_multiple_of_the_stride_has_masks_that_are_rounded_up():
