@@ -350,7 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             content = {"machine": facts, "rows": [asdict(one) for one in rows]}
             options.json.write_text(json.dumps(content, indent=1) + "\n")
             print_rows(rows)
-    Console().print(", ".join(f"{name}: {value}" for name, value in facts.items()), markup=False)
+    said = ", ".join(f"{name}: {value}" for name, value in facts.items())
+    Console().print(said, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -277,6 +277,11 @@ def test_every_variant_changes_what_its_name_says(monkeypatch, train, test, smal
         {key for key, value in asdict(one).items() if value != asdict(full)[key]} - {"prompts"}
         for _, one in seen.values()
     ]
+    published = {
+        *("focal_weight", "contrastive_weight", "strong_chance", "sharpness", "trust"),
+        *("projection_weight", "pairwise_weight", "correct_pseudo_masks", "loose_prompts"),
+        "box_of_points",
+    }
     assert changed == [
         set(),
         {"targets"},
@@ -284,13 +289,14 @@ def test_every_variant_changes_what_its_name_says(monkeypatch, train, test, smal
         {"anchor_weight"},
         {"contrastive_weight"},
         {"projection_weight"},
+        {"pairwise_weight"},
+        {"trust"},
+        {"sharpness"},
         {"correct_pseudo_masks"},
         {"loose_prompts"},
         {"box_of_points"},
-        {
-            *("focal_weight", "contrastive_weight", "strong_chance"),
-            *("projection_weight", "correct_pseudo_masks", "loose_prompts", "box_of_points"),
-        },
+        published,
+        published | {"anchor_weight"},
     ]
     for images, settings in seen.values():
         has_mask = [one.mask is not None for image in images for one in image.objects]
