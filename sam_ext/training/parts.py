@@ -21,6 +21,7 @@ from sam_ext.interactive import CropPolicy, answer_prompts, first_crop
 from sam_ext.labels import LabelledImage, LabelledObject
 from sam_ext.metrics import tight_box
 from sam_ext.predictor import Crop, ObjectPrompt, Predictor
+from sam_ext.training.losses import mask_iou
 from sam_ext.training.views import Flip, flip_boxes, flip_image, flip_points
 
 __all__ = [
@@ -102,9 +103,10 @@ class View:
             where there is neither: points are easily agreed with.
         """
         device = masks.device
-        boxes, drawn = self.boxes.to(device), self.masks.to(device) > 0.5
+        boxes, drawn = self.boxes.to(device), self.masks.to(device)
         agreed = _box_ious(masks, boxes) * boxes.flatten(1).any(1)
-        return torch.where(drawn.flatten(1).any(1), _ious(masks, drawn), agreed)
+        has_mask = (drawn > 0.5).flatten(1).any(1)
+        return torch.where(has_mask, mask_iou(masks.float(), drawn), agreed)
 
     def flipped(self, flip: Flip) -> View:
         """Turn everything round in the same way."""
@@ -122,12 +124,6 @@ class View:
             masks=flip_image(self.masks, flip),
             covered=flip_image(self.covered, flip),
         )
-
-
-def _ious(masks: Tensor, others: Tensor) -> Tensor:
-    """Overlap masks [P, H, W] bool in pairs: [P]; 0 where both are empty."""
-    union = (masks | others).flatten(1).sum(1)
-    return (masks & others).flatten(1).sum(1) / union.clamp(min=1)
 
 
 def _box_ious(masks: Tensor, boxes: Tensor) -> Tensor:
