@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import struct
 import tempfile
@@ -15,6 +16,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from sam_ext.predictor import Crop, Embedding
@@ -230,10 +232,12 @@ def _pack(key: EmbeddingKey, embedding: Embedding) -> bytes:
         "original_size": embedding.original_size,
         "input_size": embedding.input_size,
         "padded_size": embedding.padded_size,
+        "has_guide": embedding.guide is not None,
     }
     header = json.dumps(fields).encode()
     numbers = tensor.flatten().view(torch.uint8).numpy().tobytes()
-    content = struct.pack("<I", len(header)) + header + numbers
+    guide = b"" if embedding.guide is None else embedding.guide.tobytes()
+    content = struct.pack("<I", len(header)) + header + numbers + guide
     return _MAGIC + hashlib.sha256(content).digest() + content
 
 
@@ -250,12 +254,20 @@ def _unpack(data: bytearray, key: EmbeddingKey) -> Embedding | None:
     # JSON has no tuples.
     if fields["key"] != json.loads(json.dumps(key)):
         return None
-    numbers = torch.frombuffer(data, dtype=torch.uint8, offset=numbers_at)
-    tensor = numbers.clone().view(_DTYPES[fields["dtype"]])  # cloned to where memory is aligned
+    shape, input_size = fields["shape"], tuple(fields["input_size"])
+    dtype = _DTYPES[fields["dtype"]]
+    nbytes = math.prod(shape) * dtype.itemsize
+    numbers = torch.frombuffer(data, dtype=torch.uint8, count=nbytes, offset=numbers_at)
+    tensor = numbers.clone().view(dtype)  # cloned to where memory is aligned
+    guide = None
+    if fields.get("has_guide"):  # older files say nothing of it
+        pixels = np.frombuffer(data, np.uint8, offset=numbers_at + nbytes)
+        guide = pixels.reshape(*input_size, 3).copy()
     return Embedding(
-        image_embeddings=tensor.reshape(fields["shape"]).permute(0, 3, 1, 2),
+        image_embeddings=tensor.reshape(shape).permute(0, 3, 1, 2),
         original_size=tuple(fields["original_size"]),
-        input_size=tuple(fields["input_size"]),
+        input_size=input_size,
         padded_size=tuple(fields["padded_size"]),
         crop=key.crop,
+        guide=guide,
     )

@@ -14,6 +14,7 @@ from ml_backend.settings import Settings
 from sam_ext.adapters import load_adapter
 from sam_ext.ba_sam import DEFAULT_BA_SAM, BaSamConfig, default_ba_sam
 from sam_ext.checkpoints import find_stable_sam, load_sam, resolve_device
+from sam_ext.colours import ColourConfig, default_colours
 from sam_ext.config import MODELS
 from sam_ext.errors import CheckpointError
 from sam_ext.predictor import Predictor
@@ -23,6 +24,7 @@ from sam_ext.stable_sam import StableSam, inherited_plugin, load_stable_sam
 
 __all__ = [
     "ba_sam_config",
+    "colour_config",
     "load_base",
     "load_models",
     "load_plugin",
@@ -131,6 +133,7 @@ def make_predictor(
         policy=replace(policy, pad_to=_COMPILED_PAD_TO) if settings.sam_compile else policy,
         precision=settings.sam_precision,
         stable_sam=stable_sam,
+        colours=colour_config(settings, side),
         compiled=settings.sam_compile,
     )
 
@@ -140,6 +143,13 @@ def ba_sam_config(settings: Settings, train_side: int) -> BaSamConfig | None:
     if settings.sam_ba_sam is None:
         return default_ba_sam(train_side)
     return DEFAULT_BA_SAM if settings.sam_ba_sam else None
+
+
+def colour_config(settings: Settings, train_side: int) -> ColourConfig | None:
+    """Read `SAM_COLOURS` for a model that was trained on squares of `train_side` pixels."""
+    if settings.sam_colours is None:
+        return default_colours(train_side)
+    return ColourConfig() if settings.sam_colours else None
 
 
 def model_name(settings: Settings) -> str:

@@ -62,6 +62,9 @@ class Settings(BaseModel):
     the model was trained at one size only, as all but `tiny` were."""
     sam_stable: bool | None = None
     """Forgive sloppy prompts (Stable-SAM); unset: where the model has a plugin for it."""
+    sam_colours: bool | None = None
+    """Let the image's colours correct masks; unset: where the model's own are coarse, as those of
+    `tiny` are."""
     sam_precision: Precision = "auto"
     """Of the encoder: `bf16`, `fp32`, or `auto`, bf16 where the processor or GPU does it well."""
     sam_compile: bool = False

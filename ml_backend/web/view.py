@@ -302,6 +302,7 @@ def _facts(service: Service) -> tuple[Fact, ...]:
         for name, is_on in (
             ("BA-SAM", ba_sam),
             ("Stable-SAM", predictor.stable_sam is not None),
+            ("colours", predictor.colours is not None),
             ("crops", settings.sam_crops),
             ("prefetching", settings.sam_prefetch > 0),
             ("automatic masks", settings.sam_automatic),

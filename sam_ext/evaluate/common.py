@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sam_ext.ba_sam import default_ba_sam
 from sam_ext.checkpoints import load_sam, resolve_device
+from sam_ext.colours import default_colours
 from sam_ext.errors import ConfigError
 from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.resolution import default_policy
@@ -123,6 +124,7 @@ def served_predictor(sam: Sam, stable_sam: StableSam | None) -> Predictor:
         policy=default_policy(side),
         precision="auto",
         stable_sam=stable_sam,
+        colours=default_colours(side),
     )
 
 

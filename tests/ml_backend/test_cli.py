@@ -143,7 +143,7 @@ def test_warm_says_what_came_of_it_and_fails_if_one_image_did(run, tmp_path, lab
     assert "0 embedded, 1 were there, 1 failed" in result.output
     assert "task 1: fetch: '/data/upload/1/gone.png' must be" in result.output
 
-    result = run("warm", "--project", "1", *address, **variables, EMBEDDING_DISK_BYTES="20000")
+    result = run("warm", "--project", "1", *address, **variables, EMBEDDING_DISK_BYTES="60000")
     assert "EMBEDDING_DISK_BYTES must be at least" not in result.output
 
 

@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import subprocess
@@ -5,9 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from ml_backend import embeddings as embeddings_module
 from ml_backend.embeddings import EmbeddingCache, EmbeddingKey, EmbeddingStore
 from sam_ext.predictor import Crop, Embedding
 
@@ -27,7 +30,13 @@ def embedding(value: float = 0.0) -> Embedding:
     )
 
 
-def large(seed: int, dtype: torch.dtype = torch.float32, crop: Crop | None = None) -> Embedding:
+def large(
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    crop: Crop | None = None,
+    *,
+    has_guide: bool = False,
+) -> Embedding:
     """One as the encoder makes it: 64 channels, the channels of a token side by side."""
     numbers = torch.randn((1, 8, SIDE, 64), generator=torch.Generator().manual_seed(seed))
     return Embedding(
@@ -36,6 +45,9 @@ def large(seed: int, dtype: torch.dtype = torch.float32, crop: Crop | None = Non
         input_size=(128, 102),
         padded_size=(128, 112),
         crop=crop,
+        guide=np.random.default_rng(seed).integers(0, 256, (128, 102, 3), np.uint8)
+        if has_guide
+        else None,
     )
 
 
@@ -99,8 +111,9 @@ def test_what_is_larger_than_the_cache_is_not_kept(max_bytes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("crop", [None, Crop(3, 5, 40, 50)])
-def test_what_is_read_is_what_was_written_to_the_last_bit(tmp_path, dtype, crop):
-    written = large(1, dtype, crop)
+@pytest.mark.parametrize("has_guide", [False, True])
+def test_what_is_read_is_what_was_written_to_the_last_bit(tmp_path, dtype, crop, has_guide):
+    written = large(1, dtype, crop, has_guide=has_guide)
     assert EmbeddingStore(tmp_path, max_bytes=10**6).write(key("a", crop=crop), written)
     read = EmbeddingStore(tmp_path, max_bytes=10**6).read(key("a", crop=crop))
     assert torch.equal(read.image_embeddings, written.image_embeddings)
@@ -110,6 +123,26 @@ def test_what_is_read_is_what_was_written_to_the_last_bit(tmp_path, dtype, crop)
     for name in ("original_size", "input_size", "padded_size", "crop"):
         assert getattr(read, name) == getattr(written, name)
     assert read.image_embeddings.dtype == dtype
+    assert (read.guide is None) == (not has_guide)
+    if has_guide:
+        np.testing.assert_array_equal(read.guide, written.guide)
+        assert read.guide.flags.owndata  # the file's bytes are not kept for it
+
+
+def test_files_from_before_there_were_guides_are_read(tmp_path, monkeypatch):
+    def without_guides(fields):
+        del fields["has_guide"]
+        return dumps(fields)
+
+    dumps = json.dumps
+    written = large(1)
+    store = EmbeddingStore(tmp_path, max_bytes=10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings_module.json, "dumps", without_guides)
+        store.write(key("a"), written)
+    read = store.read(key("a"))
+    assert torch.equal(read.image_embeddings, written.image_embeddings)
+    assert read.guide is None
 
 
 def only_file(folder: Path) -> Path:

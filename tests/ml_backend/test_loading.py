@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from ml_backend.loading import load_predictor, open_store, resolution_policy
+from ml_backend.loading import colour_config, load_predictor, open_store, resolution_policy
 from ml_backend.settings import Settings
 from sam_ext.ba_sam import DEFAULT_BA_SAM, default_ba_sam
 from sam_ext.checkpoints import load_sam, save_checkpoint
+from sam_ext.colours import ColourConfig
 from sam_ext.errors import CheckpointError
 from sam_ext.predictor import ObjectPrompt
 from sam_ext.resolution import ResolutionPolicy, default_policy
@@ -42,6 +43,7 @@ def test_every_setting_of_the_model_makes_another_one(tmp_path):
         {},
         {"sam_resolution": "square"},
         {"sam_ba_sam": True},
+        {"sam_colours": False},
         {"sam_precision": "bf16"},
         {"sam_compile": True},
     )
@@ -115,6 +117,15 @@ def test_ba_sam_is_on_for_models_that_know_one_size(tmp_path):
     unset = load_predictor(Settings(**base)).fingerprint
     assert load_predictor(Settings(**base, sam_ba_sam=False)).fingerprint == unset
     assert load_predictor(Settings(**base, sam_ba_sam=True)).fingerprint != unset
+
+
+@pytest.mark.parametrize(("setting", "is_on"), [(None, True), (False, False), (True, True)])
+def test_colours_correct_coarse_masks_unless_switched_off(tmp_path, setting, is_on):
+    predictor = load_predictor(Settings(data_dir=tmp_path, sam_colours=setting))
+    assert predictor.colours == (ColourConfig() if is_on else None)
+    assert colour_config(Settings(sam_colours=setting), 1024) == (
+        ColourConfig() if setting else None
+    )
 
 
 def test_no_bytes_are_no_store(tmp_path):

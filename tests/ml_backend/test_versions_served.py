@@ -17,6 +17,7 @@ from ml_backend.loading import open_registry
 from ml_backend.settings import Settings
 from sam_ext.adapters import apply_adapter
 from sam_ext.checkpoints import load_sam, save_checkpoint
+from sam_ext.colours import ColourConfig
 from sam_ext.predictor import Predictor
 from sam_ext.sam import weights_fingerprint
 from sam_ext.stable_sam import StableSam, save_stable_sam
@@ -244,7 +245,7 @@ def test_versions_have_the_options_of_the_base_model_and_its_plugin_if_it_is_for
     predictor = models.for_project(PROJECT).predictor
     adapted = apply_adapter(sam, versions.find(1).adapter)
     inherited = plugin if scope == "all" else None
-    expected = Predictor(adapted, precision="fp32", stable_sam=inherited)
+    expected = Predictor(adapted, precision="fp32", stable_sam=inherited, colours=ColourConfig())
     assert predictor.fingerprint == expected.fingerprint
     assert models.base.predictor.stable_sam is not None
 

@@ -1,6 +1,8 @@
 import copy
 import threading
+from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from segment_anything import SamPredictor
 
 from sam_ext import predictor as predictor_module
 from sam_ext.ba_sam import BaSamConfig
+from sam_ext.colours import ColourConfig, outline_contrast, refine_by_colours
 from sam_ext.config import MODELS
 from sam_ext.errors import ConfigError, PromptError
 from sam_ext.image_encoder import encode_image
@@ -449,11 +452,112 @@ def test_the_fingerprint_tells_settings_apart(small_sam):
         {"ba_sam": BaSamConfig(scaling_factor=True)},
         {"ba_sam": BaSamConfig(bias="full", beta=1.0)},
         {"ba_sam": BaSamConfig(bias="full", beta=2.0)},
+        {"colours": ColourConfig()},
+        {"colours": ColourConfig(weight=1.0)},
     ]
     fingerprints = {Predictor(small_sam, **one).fingerprint for one in settings}
     assert len(fingerprints) == len(settings)
     plain = Predictor(small_sam, policy=ResolutionPolicy(), ba_sam=BaSamConfig())
     assert plain.fingerprint in fingerprints  # the defaults, spelt out
+
+
+def test_embeddings_hold_the_image_where_colours_count(small_sam):
+    image, crop = draw(50, 71), Crop(10, 5, 60, 45)
+    plain, corrected, stronger = (
+        Predictor(small_sam, policy=NATIVE, colours=one)
+        for one in (None, ColourConfig(), ColourConfig(weight=1.0))
+    )
+    assert plain.embed(image).guide is None
+    embedding = corrected.embed(image, crop=crop)
+    assert embedding.guide.shape == (*embedding.input_size, 3)
+    # The part, enlarged: its colours are those of the image.
+    part = image[5:45, 10:60].reshape(-1, 3).mean(0)
+    np.testing.assert_allclose(embedding.guide.reshape(-1, 3).mean(0), part, atol=1.5)
+    assert embedding.nbytes == embedding.image_embeddings.nbytes + embedding.guide.nbytes
+    assert corrected.embedding_fingerprint != plain.embedding_fingerprint
+    assert corrected.embedding_fingerprint == stronger.embedding_fingerprint
+
+
+@pytest.mark.parametrize("crop", [None, Crop(10, 5, 60, 45)])
+def test_masks_are_corrected_by_the_colours_of_what_was_embedded(small_sam, crop):
+    image = draw(50, 71)
+    plain = Predictor(small_sam, policy=NATIVE)
+    corrected = Predictor(small_sam, policy=NATIVE, colours=ColourConfig(weight=2.0))
+    embedding = corrected.embed(image, crop=crop)
+    asked = [prompt(box=(20, 12, 50, 40))]
+    [before], [after] = plain.decode(embedding, asked), corrected.decode(embedding, asked)
+    np.testing.assert_array_equal(before.low_res_logits, after.low_res_logits)
+    assert (before.masks != after.masks).any()
+
+    height, width = embedding.input_size
+    logits = F.interpolate(
+        torch.from_numpy(before.low_res_logits[None]), embedding.padded_size, mode="bilinear"
+    )[0, 0, :height, :width]
+    probabilities = refine_by_colours(logits.numpy(), embedding.guide, corrected.colours)
+    size_hw = image.shape[:2] if crop is None else crop.size
+    part = F.interpolate(torch.from_numpy(probabilities)[None, None], size_hw, mode="bilinear")
+    wanted = np.zeros(image.shape[:2], np.bool_)
+    x0, y0, x1, y1 = crop or (0, 0, 71, 50)
+    wanted[y0:y1, x0:x1] = part[0, 0].numpy() > 0.5
+    assert (after.masks[0] != wanted).mean() < 1e-3  # rounding, on the outline
+
+
+@pytest.mark.parametrize("found", [False, True])
+@pytest.mark.parametrize("label", [0, 1])
+def test_colours_take_no_point_from_a_mask(small_sam, monkeypatch, found, label):
+    """Nor do they give it one that is not to be in it; but they may mend what was wrong."""
+    monkeypatch.setattr(
+        predictor_module,
+        "refine_by_colours",
+        lambda logits, *_: np.full(logits.shape, found, np.float32),
+    )
+    corrected = Predictor(small_sam, policy=NATIVE, colours=ColourConfig())
+    embedding = corrected.embed(draw(50, 71))
+    asked = [prompt([(5.0, 15.0)], [label])]
+    [got] = corrected.decode(embedding, asked, multimask_output=True)
+    [own] = Predictor(small_sam, policy=NATIVE).decode(embedding, asked, multimask_output=True)
+    is_wrong = own.masks[:, 15, 5] != label
+    assert 0 < is_wrong.sum() < 3  # so that both happens
+    for mask, plain, mends in zip(got.masks, own.masks, is_wrong | (found == label), strict=True):
+        np.testing.assert_array_equal(mask, np.full_like(plain, found) if mends else plain)
+
+
+def test_where_colours_count_the_choice_of_a_points_mask_weighs_more_than_the_prediction(small_sam):
+    image, click = draw(50, 71), prompt([(35.0, 25.0)], [1])
+    corrected = Predictor(small_sam, policy=NATIVE, colours=ColourConfig())
+    embedding = corrected.embed(image)
+    [answer] = corrected.decode(embedding, [click])
+    for number, logits in enumerate(answer.low_res_logits):
+        at_input = cv2.resize(
+            answer.masks[number].astype(np.uint8),
+            embedding.input_size[::-1],
+            interpolation=cv2.INTER_NEAREST,
+        )
+        wanted = answer.iou_predictions[number] + 0.2 * (logits > 1).sum() / (logits > -1).sum()
+        wanted += 0.2 * outline_contrast(at_input == 1, embedding.guide)
+        assert answer.preferences[number] == pytest.approx(wanted, rel=1e-5)
+    assert corrected.decode(embedding, [prompt(box=(20, 12, 50, 40))])[0].preferences is None
+    [plain] = Predictor(small_sam, policy=NATIVE).decode(embedding, [click])
+    assert plain.preferences is None
+
+
+def test_the_preferred_mask_is_the_best_of_those_that_agree_with_most_points():
+    masks = ObjectMasks(
+        masks=np.stack([square(0, 0, 2), square(1, 1, 3), square(1, 1, 4)]),
+        iou_predictions=np.array([0.9, 0.8, 0.7], np.float32),
+        low_res_logits=np.zeros((3, 2, 2), np.float32),
+        preferences=np.array([1.5, 1.0, 1.2], np.float32),
+    )
+    assert masks.best(prompt([(2, 2)], [1])) == 2
+    assert replace(masks, preferences=None).best(prompt([(2, 2)], [1])) == 1
+
+
+def test_colours_want_an_embedding_with_its_image(small_sam):
+    embedding = Predictor(small_sam).embed(draw(50, 71))
+    with pytest.raises(PromptError, match="embedding must hold its image, for its colours"):
+        Predictor(small_sam, colours=ColourConfig()).decode(
+            embedding, [prompt(box=(20, 12, 50, 40))]
+        )
 
 
 def square(top, left, side):

@@ -9,6 +9,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from sam_ext.checkpoints import load_sam, save_checkpoint
+from sam_ext.colours import default_colours
 from sam_ext.errors import ConfigError
 from sam_ext.evaluate import adaptation
 from sam_ext.evaluate.__main__ import main
@@ -97,7 +98,9 @@ def test_rough_masks_are_polygons_of_few_corners(train):
 def test_a_model_is_measured_as_it_is_served(small_sam, test):
     scores = measure(small_sam, test, [0], seed=0)
     assert set(scores) == {"box", "point", "5+5 points"}
-    predictor = Predictor(small_sam, policy=default_policy(64), precision="auto")
+    predictor = Predictor(
+        small_sam, policy=default_policy(64), precision="auto", colours=default_colours(64)
+    )
     image = test.scene(0).image
     [answer] = answer_prompts(
         predictor,
