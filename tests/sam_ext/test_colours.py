@@ -154,6 +154,41 @@ def test_colours_correct_a_mask_that_lies_beside_its_object(disc):
     assert 0.8 < iou(by_outline > 0.5, wanted) < 0.9
 
 
+def pieces_and_holes(mask):
+    pieces = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)[0] - 1
+    return pieces, cv2.connectedComponents((~mask).astype(np.uint8), connectivity=4)[0] - 2
+
+
+@pytest.mark.parametrize(
+    ("least_share", "left"),
+    [
+        pytest.param(0.0, (4, 2), id="all"),
+        pytest.param(0.003, (3, 1), id="specks"),
+        pytest.param(0.05, (2, 0), id="and-small-parts"),
+        pytest.param(0.5, (1, 0), id="the-largest-piece-alone"),
+    ],
+)
+def test_small_pieces_and_holes_do_not_stay(least_share, left):
+    """A piece of 3000 px with holes of 100 and 4 px, and others of 600, 120 and 4 px."""
+    wanted = np.zeros((100, 120), np.bool_)
+    wanted[10:70, 10:62] = True
+    wanted[20:30, 20:30] = wanted[50:52, 50:52] = False
+    wanted[74:94, 10:40] = wanted[74:86, 60:70] = wanted[95:97, 110:112] = True
+    image = np.where(wanted[..., None], (200, 40, 40), (40, 120, 60)).astype(np.uint8)
+    logits = np.where(wanted, 3, -3).astype(np.float32)
+    config = ColourConfig(least_share=least_share)
+    assert pieces_and_holes(refine_by_colours(logits, image, config) > 0.5) == left
+
+
+def test_what_lies_at_the_border_is_no_hole():
+    wanted = np.ones((60, 80), np.bool_)
+    wanted[:2, 10:12] = False
+    image = np.where(wanted[..., None], (200, 40, 40), (40, 120, 60)).astype(np.uint8)
+    logits = np.where(wanted, 3, -3).astype(np.float32)
+    got = refine_by_colours(logits, image, ColourConfig())
+    assert not (got[:2, 10:12] > 0.5).any()
+
+
 def test_far_from_the_mask_nothing_changes(disc):
     image, logits, _ = disc
     probabilities = 1 / (1 + np.exp(-logits))
@@ -248,6 +283,10 @@ def test_without_an_outline_there_is_no_contrast(value, size_hw):
             "ColourConfig.bins must be at least 2 and radius_px at least 1, got 24 and 0",
         ),
         ({"epsilon": 0.0}, "ColourConfig.epsilon must be above 0, got 0.0"),
+        (
+            {"least_share": 1.0},
+            r"ColourConfig.least_share must be in 0..1, 1 excluded, got 1.0",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(arguments, message):
