@@ -70,7 +70,7 @@ from sam_ext.labels import LabelledImage, LabelledObject
 from sam_ext.metrics import tight_box
 from sam_ext.predictor import ObjectPrompt, Predictor
 from sam_ext.sam import Sam, weights_fingerprint
-from sam_ext.stable_sam import StableSam, inherited_plugin
+from sam_ext.stable_sam import StableSam, training_plugin
 from sam_ext.training.choice import choose_method
 from sam_ext.training.finetune import PROMPT_FREE_CHANCE, FinetuneConfig, finetune
 from sam_ext.training.steps import TrainingStep
@@ -347,7 +347,7 @@ class _Run:
             way.config,
             run_dir=run_dir,
             on_step=self._on_step,
-            stable_sam=inherited_plugin(plugin),
+            stable_sam=training_plugin(plugin),
         )
         if run_dir.exists():
             try:

@@ -20,7 +20,7 @@ from sam_ext.errors import CheckpointError
 from sam_ext.predictor import Predictor
 from sam_ext.resolution import ResolutionPolicy, default_policy
 from sam_ext.sam import Sam, weights_fingerprint
-from sam_ext.stable_sam import StableSam, inherited_plugin, load_stable_sam
+from sam_ext.stable_sam import StableSam, load_stable_sam
 
 __all__ = [
     "ba_sam_config",
@@ -106,7 +106,7 @@ def load_version(
         CheckpointError: If the file is damaged, or belongs to another model.
     """
     adapted = load_adapter(sam, adapter)
-    plugin = adapted.stable_sam or inherited_plugin(stable_sam)
+    plugin = adapted.stable_sam or stable_sam
     return make_predictor(adapted.sam, settings, plugin, ba_sam=adapted.ba_sam)
 
 

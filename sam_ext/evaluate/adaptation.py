@@ -42,7 +42,7 @@ from sam_ext.lora import merge_lora
 from sam_ext.metrics import boundary_iou, iou, tight_box
 from sam_ext.prompt_free import answer_prompt_free
 from sam_ext.sam import Sam, weights_fingerprint
-from sam_ext.stable_sam import StableSam, inherited_plugin, load_stable_sam
+from sam_ext.stable_sam import StableSam, load_stable_sam, training_plugin
 from sam_ext.training.choice import choose_method
 from sam_ext.training.data import CocoFolder
 from sam_ext.training.finetune import (
@@ -515,7 +515,7 @@ class _Bench:
 
     def _trained(self, training: _Training, seed: int) -> tuple[Sam, bool]:
         """Give the model of plain modules, and say whether it answers without prompts."""
-        config, plugin = training.config, self.stable_sam
+        config, plugin = training.config, training_plugin(self.stable_sam)
         if config is None or training.labels is None:
             return self.sam, False
         images = weak_images(self.train, training.images, training.labels, seed=seed)
@@ -680,8 +680,7 @@ def run(options: argparse.Namespace) -> list[AdaptationRow]:
     plugin = find_stable_sam(options.model, weights_dir=options.weights_dir)
     stable_sam = None
     if plugin is not None:
-        # One that adapted weights go without is left out of "direct", too: training is compared.
-        stable_sam = inherited_plugin(load_stable_sam(plugin, base=weights_fingerprint(sam)))
+        stable_sam = load_stable_sam(plugin, base=weights_fingerprint(sam))
     ba_sam = default_ba_sam(sam.image_encoder.img_size)
     console = Console(stderr=True)
     rows = evaluate_adaptation(

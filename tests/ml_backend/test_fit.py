@@ -215,7 +215,9 @@ def test_too_many_images_that_are_gone_are_the_reason(place, label_studio):
 
 
 @pytest.mark.parametrize("scope", ["all", "points"])
-def test_a_model_with_a_plugin_is_trained_as_it_is_served(place, monkeypatch, scope):
+def test_versions_are_served_with_the_plugin_and_trained_with_one_for_all_prompts(
+    place, monkeypatch, scope
+):
     plugin, used = StableSam(scope=scope).eval(), []
     monkeypatch.setattr(module, "load_plugin", lambda *_: plugin)
 
@@ -231,11 +233,8 @@ def test_a_model_with_a_plugin_is_trained_as_it_is_served(place, monkeypatch, sc
 
     assert place.run(methods=Methods(adapt=adapt, judge=judge)).state == "promoted"
     trained_with, served_with = used
-    if scope == "all":
-        assert trained_with is plugin
-        assert served_with is not None
-    else:
-        assert (trained_with, served_with) == (None, None)
+    assert trained_with is (plugin if scope == "all" else None)
+    assert served_with is not None
 
 
 def test_an_image_that_changes_meanwhile_ends_the_job(place, label_studio):

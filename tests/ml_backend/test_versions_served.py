@@ -232,7 +232,7 @@ def test_a_poisoned_adapter_costs_no_answer_and_is_told_in_one_sentence(
 
 
 @pytest.mark.parametrize("scope", ["all", "points"])
-def test_versions_have_the_options_of_the_base_model_and_its_plugin_if_it_is_for_all_prompts(
+def test_versions_have_the_options_of_the_base_model_and_its_plugin(
     make_app, versions, settings, tmp_path, scope
 ):
     sam = load_sam(settings.sam_model, weights_dir=settings.weights_dir)
@@ -244,8 +244,7 @@ def test_versions_have_the_options_of_the_base_model_and_its_plugin_if_it_is_for
     models = make_app(sam_resolution="square").extensions["ml_backend"].service.models
     predictor = models.for_project(PROJECT).predictor
     adapted = apply_adapter(sam, versions.find(1).adapter)
-    inherited = plugin if scope == "all" else None
-    expected = Predictor(adapted, precision="fp32", stable_sam=inherited, colours=ColourConfig())
+    expected = Predictor(adapted, precision="fp32", stable_sam=plugin, colours=ColourConfig())
     assert predictor.fingerprint == expected.fingerprint
     assert models.base.predictor.stable_sam is not None
 

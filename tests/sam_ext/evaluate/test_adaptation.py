@@ -31,6 +31,7 @@ from sam_ext.lora import merge_lora
 from sam_ext.metrics import boundary_iou, iou, tight_box
 from sam_ext.predictor import Predictor
 from sam_ext.resolution import default_policy
+from sam_ext.stable_sam import StableSam
 from sam_ext.training.data import CocoFolder
 from sam_ext.training.finetune import FinetuneConfig, finetune
 from sam_ext.training.wesam import WesamConfig, adapt
@@ -259,6 +260,29 @@ def test_without_prompts_the_union_of_all_objects_is_wanted(monkeypatch, small_s
         monkeypatch.setattr(adaptation, "generate_masks", lambda *_, found=masks, **__: found)
         [score] = measure_without_prompts(small_sam, folder, [0], has_mode=False)["grid"]
         assert score.iou == wanted
+
+
+@pytest.mark.parametrize("scope", ["all", "points"])
+def test_a_plugin_for_several_points_is_measured_with_and_not_trained_with(
+    monkeypatch, train, test, small_sam, scope
+):
+    plugin, trained, measured = StableSam(scope=scope).eval(), [], []
+
+    def remember(sam, images, settings, *, stable_sam):
+        trained.append(stable_sam)
+        return sam
+
+    def score(*_, stable_sam, **__):
+        measured.append(stable_sam)
+        return {"box": [SCORE]}
+
+    monkeypatch.setattr(adaptation, "adapt", remember)
+    monkeypatch.setattr(adaptation, "finetune", remember)
+    monkeypatch.setattr(adaptation, "measure", score)
+    monkeypatch.setattr(adaptation, "measure_without_prompts", lambda *_, **__: {})
+    rows_of(small_sam, train, test, methods=("direct", "wesam", "lora"), stable_sam=plugin)
+    assert trained == 2 * [plugin if scope == "all" else None]
+    assert measured == 3 * [plugin]
 
 
 @pytest.mark.parametrize("supervision", ["box", "point", "coarse", "none"])
