@@ -45,14 +45,14 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def backend(demo, tmp_path_factory):
-    """A backend that trains for a minute: its address and its data."""
+    """A backend that trains for a minute or two: its address and its data."""
     folder, port = tmp_path_factory.mktemp("masks"), free_port()
     child = backend_child(
         folder,
         port=port,
         label_studio_url=demo.url,
         token=demo.state["token"],
-        environ={**os.environ, "TRAIN_STEPS": "150"},
+        environ={**os.environ, "TRAIN_STEPS": "250"},
     )
     try:
         wait_until_healthy([child], stop=threading.Event())
