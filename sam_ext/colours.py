@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sam_ext.errors import ConfigError
+from sam_ext.metrics import tight_box
 
 __all__ = [
     "ColourConfig",
@@ -125,13 +126,9 @@ def refine_by_colours(
     clipped = np.clip(logits, -_LARGEST_LOGIT, _LARGEST_LOGIT).astype(np.float32)
     probabilities = _sigmoid(clipped)
     likely = probabilities > _FAINT
-    rows, columns = np.flatnonzero(likely.any(axis=1)), np.flatnonzero(likely.any(axis=0))
-    if not len(rows):
+    if not likely.any():
         return probabilities
-    around = (
-        slice(max(int(rows[0]) - _MARGIN_PX, 0), int(rows[-1]) + 1 + _MARGIN_PX),
-        slice(max(int(columns[0]) - _MARGIN_PX, 0), int(columns[-1]) + 1 + _MARGIN_PX),
-    )
+    around = _around(likely, _MARGIN_PX)
     part = np.ascontiguousarray(image[around])
     odds = colour_log_odds(part, probabilities[around], bins=config.bins)
     refined = guided_filter(
@@ -260,13 +257,9 @@ def outline_contrast(mask: NDArray[np.bool_], image: NDArray[np.uint8]) -> float
         The mean of log(1 + d), d being the distance in CIELAB, in which 2 is hardly seen and black
         from white is 100; 0 for a mask without an outline.
     """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
+    if not mask.any():
         return 0.0
-    around = (
-        slice(max(int(rows[0]) - _NEAR_PX, 0), int(rows[-1]) + 1 + _NEAR_PX),
-        slice(max(int(columns[0]) - _NEAR_PX, 0), int(columns[-1]) + 1 + _NEAR_PX),
-    )
+    around = _around(mask, _NEAR_PX)
     inside = mask[around].astype(np.float32)
     # What lies beyond the image's border is on no side.
     eroded = cv2.erode(inside, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
@@ -284,6 +277,15 @@ def outline_contrast(mask: NDArray[np.bool_], image: NDArray[np.uint8]) -> float
     apart = (means[0] - means[1]) * (100 / 255, 1, 1)  # OpenCV stretches lightness to 0..255
     distances = np.linalg.norm(apart, axis=1)
     return float(np.log1p(distances).mean())
+
+
+def _around(mask: NDArray[np.bool_], margin_px: int) -> tuple[slice, slice]:
+    """Choose the rows and columns of a mask that is not empty, and so many more on each side."""
+    left, top, right, bottom = tight_box(mask).astype(int).tolist()
+    return (
+        slice(max(top - margin_px, 0), bottom + margin_px),
+        slice(max(left - margin_px, 0), right + margin_px),
+    )
 
 
 def _without_specks(probabilities: NDArray[np.float32], least_share: float) -> NDArray[np.float32]:

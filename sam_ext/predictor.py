@@ -455,8 +455,7 @@ class Predictor:
             PromptError: If the embedding lacks the image that colours are taken from.
         """
         if self.colours is None:
-            mask: NDArray[np.bool_] = _resized_logits(embedding, low_res) > self.mask_threshold
-            return _pasted(embedding, mask, outside=False)
+            return self._plain_mask(embedding, low_res)
         if embedding.guide is None:
             raise PromptError(
                 "embedding must hold its image, for its colours, got one without; make it with "
@@ -467,6 +466,10 @@ class Predictor:
         mask = cv2.resize(probabilities, embedding.region.size[::-1]) > 0.5
         return _pasted(embedding, mask, outside=False)
 
+    def _plain_mask(self, embedding: Embedding, low_res: Tensor) -> NDArray[np.bool_]:
+        mask: NDArray[np.bool_] = _resized_logits(embedding, low_res) > self.mask_threshold
+        return _pasted(embedding, mask, outside=False)
+
     def _mask(
         self, embedding: Embedding, low_res: Tensor, prompt: ObjectPrompt
     ) -> NDArray[np.bool_]:
@@ -474,9 +477,7 @@ class Predictor:
         mask = self.full_mask(embedding, low_res)
         if self.colours is None or not len(prompt.point_coords):
             return mask
-        plain = _pasted(
-            embedding, _resized_logits(embedding, low_res) > self.mask_threshold, outside=False
-        )
+        plain = self._plain_mask(embedding, low_res)
         corrected, before = _agreeing(np.stack([mask, plain]), prompt)
         return mask if corrected >= before else plain
 
