@@ -15,6 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, get_args
 
 import label_studio_ml.api
@@ -98,6 +99,7 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
     models = load_models(settings, registry=registry, store=store, predictor=predictor)
     _log.info("%s", _what_is_on(models.base))
     connections = Connections(settings)
+    recent_errors = RecentErrors()
     engine = Engine(
         cache_bytes=settings.embedding_cache_bytes,
         max_waiting=settings.max_waiting,
@@ -120,6 +122,7 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
         jobs=JobStore(settings.data_dir),
         queue=JobQueue(settings),
         prefetcher=Prefetcher(engine) if settings.sam_prefetch else None,
+        report=partial(_report, recent_errors),
     )
 
     app = Flask(__name__, static_folder=None)
@@ -129,7 +132,6 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
     label_studio_ml.api._manager = LocalProxy(lambda: current_app.extensions[_EXTENSION])
     # On level debug it would write the token of /setup into the log.
     logging.getLogger("label_studio_ml").setLevel(logging.INFO)
-    recent_errors = RecentErrors()
     _add_routes(app, service)
     _add_metrics(app, service)
     _add_guards(app, settings, recent_errors)
@@ -431,6 +433,14 @@ def _note(recent_errors: RecentErrors, response: Response) -> None:
         request=f"{request.method} {request.path}",
         status=response.status_code,
         error_id=g.id,
+    )
+
+
+def _report(recent_errors: RecentErrors, reason: str) -> None:
+    """Tell of what a request goes on in spite of."""
+    _log.warning("%s %s: %s [%s]", request.method, request.path, reason, g.id)
+    recent_errors.note(
+        reason, request=f"{request.method} {request.path}", status=200, error_id=g.id
     )
 
 

@@ -14,6 +14,7 @@ from label_studio_ml.model import LabelStudioMLBase
 
 from ml_backend.convert.prompts import (
     PromptedObject,
+    StoredPrompts,
     find_size_mismatch,
     objects_from_annotation,
     objects_from_regions,
@@ -71,6 +72,8 @@ class Service:
     jobs: JobStore
     queue: JobQueue
     prefetcher: Prefetcher | None = None
+    report: Callable[[str], None] = _log.warning
+    """Told, in a sentence, what a request goes on in spite of: nobody else hears of it."""
 
     def close(self) -> None:
         """End all threads; what runs for an annotator is finished."""
@@ -153,8 +156,8 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             return objects_from_regions(regions, self._config, size_hw=size_hw)
 
         with self._service.engine.admitted():
-            regions = self._answer(tasks[0], read, Priority.DRAWING)
-        return [self._prediction(regions) or {"result": []}]
+            answer = self._answer(tasks[0], read, Priority.DRAWING)
+        return [self._prediction(answer) or {"result": []}]
 
     def fit(
         self, tasks: Sequence[Task], workdir: str | None = None, **_params: Any
@@ -178,22 +181,35 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
 
     def _predict_batch(self, tasks: Sequence[Task]) -> list[Prediction]:
         predictions: list[Prediction] = []
-        failures: list[BackendError] = []
+        failures: list[Exception] = []
         for task in tasks:
             try:
                 predictions.append(self._prediction(self._batch_answer(task)) or [])
             except OverloadedError:
                 raise
-            except BackendError as error:
+            except Exception as error:  # noqa: BLE001
                 # One bad task among many must not cost the others their predictions.
-                _log.warning("task %s is left out: %s", task.get("id"), error)
                 predictions.append([])
                 failures.append(error)
-        if failures and len(failures) == len(tasks):
-            raise failures[0]
+                if len(tasks) > 1:
+                    self._report_failure(task, error)
         if len(tasks) == 1:  # so does a page that opens a task
             self._prefetch(tasks[0])
+        if failures and len(failures) == len(tasks):
+            raise failures[0]
         return predictions
+
+    def _report_failure(self, task: Task, error: Exception) -> None:
+        if isinstance(error, BackendError):
+            self._report(task, f"left out: {error}")
+        else:
+            _log.error("task %s", task.get("id"), exc_info=error)
+            self._report(
+                task, "left out: the backend failed in a way it does not know; see its log"
+            )
+
+    def _report(self, task: Task, reason: str) -> None:
+        self._service.report(f"task {task.get('id')}: {reason}")
 
     def _prefetch(self, task: Task) -> None:
         prefetcher = self._service.prefetcher
@@ -223,12 +239,15 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
 
     def _batch_answer(self, task: Task) -> list[Region]:
         for where, stored in _stored(task):
+            read_all = partial(objects_from_annotation, stored, self._config, where=where)
 
             def read(
-                size_hw: tuple[int, int], where: str = where, stored: Mapping[str, Any] = stored
+                size_hw: tuple[int, int], read_all: Callable[..., StoredPrompts] = read_all
             ) -> list[PromptedObject]:
-                return objects_from_annotation(stored, self._config, size_hw=size_hw, where=where)
+                return read_all(size_hw=size_hw).objects
 
+            for _, error in read_all(size_hw=_ANY_SIZE).left_out:
+                self._report(task, f"left out: {error}")
             if read(_ANY_SIZE):
                 with self._service.engine.admitted():
                     return self._answer(task, read, Priority.BATCH)
@@ -257,11 +276,12 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
                 for one in read(image.size_hw)
                 if (one.image_name, one.item_index) == (image_name, item_index)
             ]
-            regions += self._regions(predictor, objects, image, priority)
+            regions += self._regions(task, predictor, objects, image, priority)
         return regions
 
     def _regions(
         self,
+        task: Task,
         predictor: Predictor,
         objects: Sequence[PromptedObject],
         image: LoadedImage,
@@ -283,6 +303,11 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             except PromptError as error:
                 raise BadRequestError(f"the drawing is no prompt: {error}") from error
             for one, answer in zip(part, answers, strict=True):
+                if not answer.mask.any():
+                    what = "the points" if one.box_xyxy is None else "a box"
+                    self._report(
+                        task, f"the model found nothing by {what}; draw a larger box, or add points"
+                    )
                 # How far Stable-SAM's plugin took part; Label Studio keeps it.
                 routing = answer.candidates.routing
                 regions += self._regions_of(

@@ -359,7 +359,7 @@ class Predictor:
 
         Returns:
             One answer a prompt, in their order. Colours do not correct a mask that would then
-            agree with fewer of the prompt's points.
+            be empty, or agree with fewer of the prompt's points.
 
         Raises:
             PromptError: If a `mask_input` has another size than this embedding's logits, or the
@@ -473,11 +473,13 @@ class Predictor:
     def _mask(
         self, embedding: Embedding, low_res: Tensor, prompt: ObjectPrompt
     ) -> NDArray[np.bool_]:
-        """Do what `full_mask` does, unless the mask loses a point by its colours."""
+        """Do what `full_mask` does, unless the mask loses all or a point by its colours."""
         mask = self.full_mask(embedding, low_res)
-        if self.colours is None or not len(prompt.point_coords):
+        if self.colours is None or (mask.any() and not len(prompt.point_coords)):
             return mask
         plain = self._plain_mask(embedding, low_res)
+        if not mask.any():
+            return plain
         corrected, before = _agreeing(np.stack([mask, plain]), prompt)
         return mask if corrected >= before else plain
 

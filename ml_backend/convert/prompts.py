@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from ml_backend.label_config import Control, LabelConfig
 
 __all__ = [
     "PromptedObject",
+    "StoredPrompts",
     "find_size_mismatch",
     "objects_from_annotation",
     "objects_from_regions",
@@ -47,6 +48,15 @@ class PromptedObject:
     """The ids of the regions that say where the object is, in the order they were drawn."""
     item_index: int | None = None
     """Which image of the tag's list, for an `<Image valueList="...">`."""
+
+
+class StoredPrompts(NamedTuple):
+    """What a stored annotation, prediction or draft asks for."""
+
+    objects: list[PromptedObject]
+    """In the order in which they were begun."""
+    left_out: list[tuple[Any, BadRequestError]]
+    """The regions that are damaged, and what is wrong with each."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,13 +137,16 @@ def objects_from_annotation(
     *,
     size_hw: tuple[int, int],
     where: str = "annotation",
-) -> list[PromptedObject]:
+) -> StoredPrompts:
     """Read the rectangles, ellipses and keypoints of a stored annotation, prediction or draft.
 
-    They become objects by the rules of `objects_from_regions`. Stored regions may be older than
-    the config, and most are not there as prompts, so what is no prompt is passed over: masks and
-    other kinds, tags that are gone, images that were shown rotated. A label that is gone is
-    left out.
+    They become objects by the rules of `objects_from_regions`, but for keypoints that lie in no
+    rectangle of their label: each that is on an object is one of its own, for which all negative
+    ones of the label count. Ten stored keypoints are ten things pointed at.
+
+    Stored regions may be older than the config, and most are not there as prompts, so what is no
+    prompt is passed over: masks and other kinds, tags that are gone, images that were shown
+    rotated. A label that is gone is left out. A damaged region costs no other.
 
     Args:
         annotation: The entry of a task's `annotations`, `predictions` or `drafts`.
@@ -142,23 +155,44 @@ def objects_from_annotation(
         where: What the caller calls `annotation`, for messages.
 
     Returns:
-        The objects, in the order in which they were begun; none for a skipped task.
+        The objects, none for a skipped task; and which regions miss a prompt's field, or have one
+        of the wrong type or not finite, or a box without an area within the image.
 
     Raises:
-        BadRequestError: If the annotation has no list of regions, or a prompt's field is missing,
-            of the wrong type or not finite, or a box has no area within the image.
+        BadRequestError: If the annotation has no list of regions.
     """
     where = f"{where}.result"
-    entries = _entries(annotation.get("result"), where=where)
-    drawn = []
-    for index, region in enumerate(entries):
-        control = _prompt_control(region, config)
-        if control is not None and not region.get("image_rotation"):
-            place = f"{where}[{index}]"
-            one = _read(region, entries, control=control, size_hw=size_hw, place=place)
-            known = (label for label in one.labels if _has_label(label, one, config, control))
-            drawn.append(replace(one, labels=tuple(known)))
-    return _objects(drawn)
+    regions = annotation.get("result")
+    if not isinstance(regions, list):
+        raise _wrong(where, "a list of regions", regions)
+    entries = [one if isinstance(one, dict) else {} for one in regions]
+    drawn, left_out = [], []
+    for index, region in enumerate(regions):
+        place = f"{where}[{index}]"
+        try:
+            _check_entry(region, place=place)
+            control = _prompt_control(region, config)
+            if control is not None and not region.get("image_rotation"):
+                one = _read(region, entries, control=control, size_hw=size_hw, place=place)
+                known = (label for label in one.labels if _has_label(label, one, config, control))
+                drawn.append(replace(one, labels=tuple(known)))
+        except BadRequestError as error:
+            left_out.append((region, error))
+    return StoredPrompts(
+        [single for one in _objects(drawn) for single in _pointed_at(one)], left_out
+    )
+
+
+def _pointed_at(one: PromptedObject) -> list[PromptedObject]:
+    """Take keypoints without a box apart: an object for each that is on one."""
+    if one.box_xyxy is not None:
+        return [one]
+    negative = one.point_labels == 0
+    return [
+        replace(one, point_coords=one.point_coords[kept], point_labels=one.point_labels[kept])
+        for number in np.flatnonzero(~negative)
+        for kept in [negative | (np.arange(len(negative)) == number)]
+    ]
 
 
 def find_size_mismatch(regions: object, *, size_hw: tuple[int, int]) -> tuple[int, int] | None:
@@ -186,11 +220,15 @@ def _entries(regions: object, *, where: str) -> list[dict[str, Any]]:
     if not isinstance(regions, list):
         raise _wrong(where, "a list of regions", regions)
     for index, region in enumerate(regions):
-        if not isinstance(region, dict):
-            raise _wrong(f"{where}[{index}]", "an object", region)
-        if not isinstance(region.get("id"), str | int | None):
-            raise _wrong(f"{where}[{index}].id", "a string", region["id"])
+        _check_entry(region, place=f"{where}[{index}]")
     return regions
+
+
+def _check_entry(region: object, *, place: str) -> None:
+    if not isinstance(region, dict):
+        raise _wrong(place, "an object", region)
+    if not isinstance(region.get("id"), str | int | None):
+        raise _wrong(f"{place}.id", "a string", region["id"])
 
 
 def _prompt_control(region: dict[str, Any], config: LabelConfig) -> Control | None:

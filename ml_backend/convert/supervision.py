@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from ml_backend.convert.polygons import mask_from_polygon
 from ml_backend.convert.prompts import PromptedObject, objects_from_annotation
 from ml_backend.convert.rle import mask_from_rle
-from ml_backend.errors import BadRequestError
 from ml_backend.label_config import Control, LabelConfig
 
 __all__ = ["SupervisedObject", "Supervision", "choose_annotation", "supervision_of"]
@@ -240,19 +239,9 @@ def _prompted_objects(
     left_out: list[str],
 ) -> list[PromptedObject]:
     """Read boxes and keypoints; a damaged one costs no other."""
-    sound: list[dict[str, Any]] = []
-    for region in regions:
-        try:
-            objects_from_annotation({"result": [region]}, config, size_hw=size_hw)
-        except BadRequestError as error:
-            left_out.append(f"{_name(region)}: {error}")
-        else:
-            sound.append(region)
-    try:
-        return objects_from_annotation({"result": sound}, config, size_hw=size_hw)
-    except BadRequestError as error:  # of a `<Labels>` entry, which counts with its region only
-        left_out.append(str(error))
-        return []
+    stored = objects_from_annotation({"result": regions}, config, size_hw=size_hw)
+    left_out += [f"{_name(region)}: {error}" for region, error in stored.left_out]
+    return stored.objects
 
 
 def _with_boxes(

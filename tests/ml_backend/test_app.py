@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 
 import ml_backend
 from ml_backend.app import create_app
+from ml_backend.engine import Engine
 from ml_backend.errors import BadRequestError, SettingsError
 from ml_backend.jobs import JobStore
 from ml_backend.label_studio import project_name
@@ -39,6 +41,7 @@ from tests.ml_backend.backend import (
 from tests.ml_backend.servers import LEGACY_TOKEN, Answer, FakeLabelStudio, Server
 
 SIZE_HW = (480, 640)
+BROWSER = {"Accept": "text/html"}
 NO_POINTS = {"point_coords": np.empty((0, 2)), "point_labels": np.empty(0, np.int64)}
 
 
@@ -399,8 +402,70 @@ def test_one_bad_task_does_not_cost_the_others_their_predictions(client, label_s
 
     assert first == []
     assert len(second["result"]) == 1
-    (record,) = [r for r in caplog.records if "task 1 is left out" in r.message]
-    assert record.message.startswith("task 1 is left out: fetch:")
+    (record,) = [r for r in caplog.records if "task 1: left out" in r.message]
+    assert record.message.startswith("POST /predict: task 1: left out: fetch:")
+    assert "task 1: left out: fetch:" in client.get("/", headers=BROWSER).text
+
+
+def test_what_nobody_foresaw_of_one_task_does_not_cost_the_others_theirs(
+    client, label_studio, caplog, monkeypatch
+):
+    request = payload("20")
+    request["label_config"] = payload("13")["label_config"]
+    serve_images(label_studio, request)
+    for task in request["tasks"]:
+        task["annotations"] = [{"id": 1, "result": boxed()}]
+    answer = Engine.answer
+    calls = itertools.count()
+
+    def fails_once(*args, **kwargs):
+        if next(calls) == 0:
+            raise RuntimeError("CUDA out of memory")
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(Engine, "answer", fails_once)
+
+    first, second = predicted(client, request)
+
+    assert first == []
+    assert len(second["result"]) == 1
+    assert "CUDA out of memory" in caplog.text
+    page = client.get("/", headers=BROWSER).text
+    assert "task 1: left out: the backend failed in a way it does not know" in page
+
+
+def test_a_damaged_region_costs_a_task_no_other_mask(client, label_studio):
+    request = payload("20")
+    request["label_config"] = payload("13")["label_config"]
+    serve_images(label_studio, request)
+    outside = copy.deepcopy(boxed()[0])
+    outside["value"] |= {"x": 100, "width": 5}
+    request["tasks"][0]["predictions"] = [
+        {"id": 1, "model_version": "yolo-7", "result": [outside, *boxed()]}
+    ]
+
+    first, _ = predicted(client, request)
+
+    assert len(first["result"]) == 1
+    page = client.get("/", headers=BROWSER).text
+    assert "predictions[0] of task 1.result[0].value must be a box with an area" in page
+
+
+def test_a_drawing_in_which_nothing_is_found_is_told_of(client, label_studio, monkeypatch):
+    request = payload("12")
+    serve_images(label_studio, request)
+    answer = Engine.answer
+
+    def nothing(*args, **kwargs):
+        answers = answer(*args, **kwargs)
+        for one in answers:
+            one.candidates.masks[:] = False
+        return answers
+
+    monkeypatch.setattr(Engine, "answer", nothing)
+    assert predicted(client, request) == [{"result": []}]
+    page = client.get("/", headers=BROWSER).text
+    assert "the model found nothing by a box; draw a larger box, or add points" in page
 
 
 def test_a_batch_of_which_nothing_can_be_answered_says_why(client, label_studio):

@@ -506,11 +506,13 @@ def test_masks_are_corrected_by_the_colours_of_what_was_embedded(small_sam, crop
 @pytest.mark.parametrize("label", [0, 1])
 def test_colours_take_no_point_from_a_mask(small_sam, monkeypatch, found, label):
     """Nor do they give it one that is not to be in it; but they may mend what was wrong."""
-    monkeypatch.setattr(
-        predictor_module,
-        "refine_by_colours",
-        lambda logits, *_: np.full(logits.shape, found, np.float32),
-    )
+
+    def refine(logits, *_):
+        shares = np.full(logits.shape, found, np.float32)
+        shares[-5:, -5:] = 1.0  # something is left in any case
+        return shares
+
+    monkeypatch.setattr(predictor_module, "refine_by_colours", refine)
     corrected = Predictor(small_sam, policy=NATIVE, colours=ColourConfig())
     embedding = corrected.embed(draw(50, 71))
     asked = [prompt([(5.0, 15.0)], [label])]
@@ -518,8 +520,23 @@ def test_colours_take_no_point_from_a_mask(small_sam, monkeypatch, found, label)
     [own] = Predictor(small_sam, policy=NATIVE).decode(embedding, asked, multimask_output=True)
     is_wrong = own.masks[:, 15, 5] != label
     assert 0 < is_wrong.sum() < 3  # so that both happens
+    changed = corrected.full_mask(embedding, torch.from_numpy(got.low_res_logits[0]))
     for mask, plain, mends in zip(got.masks, own.masks, is_wrong | (found == label), strict=True):
-        np.testing.assert_array_equal(mask, np.full_like(plain, found) if mends else plain)
+        np.testing.assert_array_equal(mask, changed if mends else plain)
+
+
+def test_colours_leave_something_of_a_mask(small_sam, monkeypatch):
+    nothing = lambda logits, *_: np.zeros(logits.shape, np.float32)  # noqa: E731
+    monkeypatch.setattr(predictor_module, "refine_by_colours", nothing)
+    corrected = Predictor(small_sam, policy=NATIVE, colours=ColourConfig())
+    embedding = corrected.embed(draw(50, 71))
+    for asked in (prompt(box=(20, 12, 50, 40)), prompt([(35.0, 25.0)], [0])):
+        [got] = corrected.decode(embedding, [asked], multimask_output=True)
+        [own] = Predictor(small_sam, policy=NATIVE).decode(
+            embedding, [asked], multimask_output=True
+        )
+        assert own.masks.any()
+        np.testing.assert_array_equal(got.masks, own.masks)
 
 
 def test_where_colours_count_the_choice_of_a_points_mask_weighs_more_than_the_prediction(small_sam):

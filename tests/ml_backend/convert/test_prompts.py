@@ -484,7 +484,8 @@ def test_a_stored_annotation_gives_its_prompts_and_nothing_else():
         stored, parse_label_config(payload["label_config"]), size_hw=(480, 640)
     )
 
-    assert plain(got) == [
+    assert not got.left_out
+    assert plain(got.objects) == [
         object_of(labels=("Dog",), points=[(479.802713, 240.394575, 1)], ids=("tSilWnSoYy",))
     ]
 
@@ -501,27 +502,61 @@ def test_a_stored_annotation_may_be_older_than_the_config():
         ]
     }
 
-    got = plain(objects_from_annotation(annotation, CONFIG, size_hw=SIZE_HW))
+    got = objects_from_annotation(annotation, CONFIG, size_hw=SIZE_HW)
 
-    assert got == [
+    assert plain(got.objects) == [
         object_of(labels=(), box=[100, 50, 300, 150], ids=("label gone",)),
         object_of(points=[(360, 180, 1)], ids=("fine",)),
     ]
+    assert not got.left_out
 
 
-@pytest.mark.parametrize(
-    ("annotation", "message"),
-    [
-        pytest.param({}, f"must be a list of regions, got None; {AS_DRAWN}", id="without a result"),
-        pytest.param(
-            {"result": [changed(keypoint(), x=None)]},
-            f"[0].value.x must be a number, in percent of the image, got None; {AS_DRAWN}",
-            id="with a broken prompt",
-        ),
-    ],
-)
-def test_names_what_is_wrong_in_a_stored_annotation(annotation, message):
+def test_each_stored_keypoint_is_a_thing_of_its_own_unless_it_lies_in_a_box():
+    annotation = {
+        "result": [
+            keypoint(90, 90, region_id="one"),
+            keypoint(10, 90, region_id="another"),
+            keypoint(80, 90, region_id="beside", is_positive=False),
+            rectangle(region_id="box"),
+            keypoint(50, 50, region_id="in the box"),
+        ]
+    }
+
+    got = objects_from_annotation(annotation, CONFIG, size_hw=SIZE_HW).objects
+
+    pointed = ("one", "another", "beside")
+    assert plain(got) == [
+        object_of(points=[(360, 180, 1), (320, 180, 0)], ids=pointed),
+        object_of(points=[(40, 180, 1), (320, 180, 0)], ids=pointed),
+        object_of(points=[(200, 100, 1)], box=[100, 50, 300, 150], ids=("box", "in the box")),
+    ]
+
+
+def test_a_damaged_stored_region_costs_no_other():
+    damaged = [
+        changed(rectangle(region_id="outside"), x=120),
+        changed(keypoint(region_id="broken"), x=None),
+        "no region",
+        keypoint(region_id=["no", "id"]),
+    ]
+    annotation = {"result": [damaged[0], keypoint(90, 90, region_id="fine"), *damaged[1:]]}
+
+    got = objects_from_annotation(annotation, CONFIG, size_hw=SIZE_HW, where="annotations[0]")
+
+    assert plain(got.objects) == [object_of(points=[(360, 180, 1)], ids=("fine",))]
+    assert [region for region, _ in got.left_out] == damaged
+    reasons = [str(error) for _, error in got.left_out]
+    assert reasons[0].startswith("annotations[0].result[0].value must be a box with an area")
+    assert reasons[1] == (
+        "annotations[0].result[2].value.x must be a number, in percent of the image, got None; "
+        + AS_DRAWN
+    )
+    assert reasons[2].startswith("annotations[0].result[3] must be an object, got 'no region'")
+    assert reasons[3].startswith("annotations[0].result[4].id must be a string")
+
+
+def test_refuses_a_stored_annotation_without_a_list():
     where = "tasks[2].annotations[0]"
     with pytest.raises(BadRequestError) as error:
-        objects_from_annotation(annotation, CONFIG, size_hw=SIZE_HW, where=where)
-    assert str(error.value).replace(".result ", ".result") == f"{where}.result{message}"
+        objects_from_annotation({}, CONFIG, size_hw=SIZE_HW, where=where)
+    assert str(error.value) == f"{where}.result must be a list of regions, got None; {AS_DRAWN}"
