@@ -357,8 +357,7 @@ def _crop_if_small(
 
 def _scale(predictor: Predictor, size_hw: tuple[int, int]) -> float:
     """Return how much larger an image of a size is in the encoder's input."""
-    input_size = predictor.policy.input_size(size_hw, train_side=predictor.image_size)
-    return max(input_size) / max(size_hw)
+    return max(predictor.input_size(size_hw)) / max(size_hw)
 
 
 def _lattice_span(middle: float, side: int, length: int) -> tuple[int, int]:

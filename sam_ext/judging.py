@@ -34,6 +34,8 @@ _JITTER = 0.2  # of boxes, as `noisy_boxes` takes it
 _FALL = 0.02  # of a label's mean, that is forgiven
 _USEFUL_UNION = 0.5  # mean IoU without a prompt from which on that is worth having
 _FEW = 5  # objects, of which a label has at least so many to count by itself
+# Questions that all models answer before the masks go: each holds nine of the image's size a while.
+_MOST_AT_ONCE, _ANSWERED_PIXELS = 16, 2**26
 _FARTHEST = 0.6  # distance from the base model, beyond which masks count as collapsed
 
 
@@ -165,20 +167,23 @@ def judge(
             size_hw = (pixels.shape[0], pixels.shape[1])
             questions = _questions(image, size_hw, seed, most_objects)
             embed = {key: embed_once(predictor, pixels) for key, predictor in distinct.items()}
-            answers = {
-                key: _answers(predictor, size_hw, embed[key], questions, crops)
-                for key, predictor in distinct.items()
-            }
+            at_once = max(1, min(_MOST_AT_ONCE, _ANSWERED_PIXELS // (size_hw[0] * size_hw[1])))
+            for start in range(0, len(questions), at_once):
+                asked = questions[start : start + at_once]
+                answers = {
+                    key: _answers(predictor, size_hw, embed[key], asked, crops)
+                    for key, predictor in distinct.items()
+                }
+                for key, masks in answers.items():
+                    for question, mask in zip(asked, masks, strict=True):
+                        scores[key].add(question, question.score(mask))
+                distances += [
+                    1 - iou(mine, theirs)
+                    for mine, theirs in zip(
+                        answers[id(models["candidate"])], answers[id(models["base"])], strict=True
+                    )
+                ]
             unions.add(image, embed)
-            for key, masks in answers.items():
-                for question, mask in zip(questions, masks, strict=True):
-                    scores[key].add(question, question.score(mask))
-            distances += [
-                1 - iou(mine, theirs)
-                for mine, theirs in zip(
-                    answers[id(models["candidate"])], answers[id(models["base"])], strict=True
-                )
-            ]
         if on_progress is not None:
             on_progress(done + 1, len(images))
     by_name = {name: scores[id(models[name])] for name in get_args(ModelName)}
@@ -335,7 +340,7 @@ def _answers(
         crops=crops,
         refine=default_refine(predictor.image_size),
     )
-    return [answer.mask for answer in answers]
+    return [answer.mask.copy() for answer in answers]  # a view would keep all candidates
 
 
 def _rows(model: str, scores: _Scores) -> list[JudgementRow]:

@@ -80,8 +80,12 @@ class LoraLinear(nn.Linear):
 
     def merged_weight(self) -> Tensor:
         """Add the update to the weight: [3C, C], computed in double precision."""
-        update = self._spread().double() @ self.lora_a.flatten(0, 1).double()
-        return (self.weight.double() + update).to(self.weight.dtype)
+        # On the CPU: Apple's GPUs have no double precision.
+        spread, down, weight = (
+            one.detach().cpu().double()
+            for one in (self._spread(), self.lora_a.flatten(0, 1), self.weight)
+        )
+        return (weight + spread @ down).to(self.weight)
 
     def _spread(self) -> Tensor:
         """Put both B into one matrix [3C, 2r] whose rows for k are zero."""

@@ -36,7 +36,7 @@ from sam_ext.evaluate.common import (
 )
 from sam_ext.evaluate.records import RowFile, markdown_table
 from sam_ext.evaluate.saliency import MapScores, map_scores
-from sam_ext.interactive import answer_prompts, default_crops, embed_once
+from sam_ext.interactive import answer_prompts, default_crops, default_refine, embed_once
 from sam_ext.labels import LabelledImage, LabelledObject
 from sam_ext.lora import merge_lora
 from sam_ext.metrics import boundary_iou, iou, tight_box
@@ -276,6 +276,7 @@ def measure(
                 image_hw=(scene.image.shape[0], scene.image.shape[1]),
                 embed=embed,
                 crops=default_crops(predictor.image_size),
+                refine=default_refine(predictor.image_size),
             )
             scores[name] += [
                 AnswerScore(
@@ -461,6 +462,8 @@ class _Bench:
             "trained": training.method,
             "labels": training.labels,
             "images": list(training.images),
+            "learnt": self.train.digest(training.images),
+            "measured": self.test.digest(chosen_images(self.test, self.limit, 0)),
             "seed": seed,
             "config": None if training.config is None else asdict(training.config),
         }
@@ -637,9 +640,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_model_arguments(parser)
     add_rows_argument(parser)
-    parser.add_argument("--train", type=Path, help="folder of the COCO-format set to adapt to")
+    parser.add_argument(
+        "--train", type=Path, required=True, help="folder of the COCO-format set to adapt to"
+    )
     parser.add_argument("--train-split", default="train")
-    parser.add_argument("--test", type=Path, help="folder of the set to measure on")
+    parser.add_argument("--test", type=Path, required=True, help="folder of the set to measure on")
     parser.add_argument("--split", default="test", help="of the set to measure on")
     parser.add_argument(
         "--methods",

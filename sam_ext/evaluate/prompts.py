@@ -35,7 +35,14 @@ from sam_ext.evaluate.common import (
     served_predictor,
 )
 from sam_ext.evaluate.records import RowFile
-from sam_ext.interactive import Answer, CropPolicy, answer_prompts, default_crops, embed_once
+from sam_ext.interactive import (
+    Answer,
+    CropPolicy,
+    answer_prompts,
+    default_crops,
+    default_refine,
+    embed_once,
+)
 from sam_ext.metrics import (
     boundary_iou,
     calibration_error,
@@ -111,6 +118,8 @@ class Variant:
     predictor: Predictor
     crops: CropPolicy | None = None
     """When it looks at crops."""
+    refine: bool = False
+    """Whether several points are answered click upon click, as `answer_prompts` takes it."""
 
 
 @dataclass
@@ -212,7 +221,12 @@ def _askers(variants: Mapping[str, Variant], image: NDArray[np.uint8]) -> dict[s
         predictor = variant.predictor
         embed = embedders.setdefault(predictor.embedding_fingerprint, embed_once(predictor, image))
         ask[name] = partial(
-            answer_prompts, predictor, image_hw=size_hw, embed=embed, crops=variant.crops
+            answer_prompts,
+            predictor,
+            image_hw=size_hw,
+            embed=embed,
+            crops=variant.crops,
+            refine=variant.refine,
         )
     return ask
 
@@ -468,8 +482,10 @@ def run(options: argparse.Namespace) -> list[PromptRow]:
     base = weights_fingerprint(sam)
     plugins = {path: load_stable_sam(path, base=base) for path in files}
     variants = {model: Variant(predictor=Predictor(sam))}
-    for plugin in plugins.values():
+    for path, plugin in plugins.items():
         name = f"{model}+dsp+drp" if plugin.router is not None else f"{model}+dsp"
+        if len(plugins) > 1:
+            name = f"{name} {path}"
         variants[name] = Variant(predictor=Predictor(sam, stable_sam=plugin))
     *_, last = variants
     sheet = None
@@ -485,7 +501,10 @@ def run(options: argparse.Namespace) -> list[PromptRow]:
     else:
         variants[f"{model} as served"] = plain
     key = measured_key(options, sam) | {
-        "variants": {name: one.predictor.fingerprint for name, one in variants.items()},
+        "variants": {
+            name: f"{one.predictor.fingerprint}{' refined' if one.refine else ''}"
+            for name, one in variants.items()
+        },
         "prompts": list(options.prompts),
         "draws": options.draws,
     }
@@ -514,4 +533,5 @@ def run(options: argparse.Namespace) -> list[PromptRow]:
 def _served(sam: Sam, plugin: StableSam | None) -> Variant:
     """What the backend answers with by its default settings."""
     predictor = served_predictor(sam, plugin)
-    return Variant(predictor=predictor, crops=default_crops(predictor.image_size))
+    side = predictor.image_size
+    return Variant(predictor=predictor, crops=default_crops(side), refine=default_refine(side))

@@ -75,13 +75,19 @@ class Branch(nn.Module):
             self.stable_sam.to(sam.device).requires_grad_(False)
         self._ba_sam, self._checkpointing = ba_sam, checkpointing
 
-    def forward(self, image: Tensor, groups: Sequence[Group]) -> Seen:
-        """Ask for objects of an image [3, H, W] uint8; all groups together have P."""
+    def forward(self, image: Tensor, groups: Sequence[Group], padded_size: tuple[int, int]) -> Seen:
+        """Ask for objects of an image; all groups together have P.
+
+        Args:
+            image: [3, H, W] uint8, of the encoder's input size.
+            groups: How the objects are asked for.
+            padded_size: To which (H, W) it is padded, as `Predictor.padded_size` has it.
+        """
         sam = self.sam
         patch: int = sam.image_encoder.patch_embed.proj.kernel_size[0]
         height, width = image.shape[-2:]
         pixels = (image.float() - sam.pixel_mean) / sam.pixel_std
-        pixels = F.pad(pixels, (0, -width % patch, 0, -height % patch))
+        pixels = F.pad(pixels, (0, padded_size[1] - width, 0, padded_size[0] - height))
         embeddings = encode_image(
             sam.image_encoder,
             pixels[None],
@@ -92,14 +98,13 @@ class Branch(nn.Module):
         grid = (embeddings.shape[-2], embeddings.shape[-1])
         image_pe = dense_position_encoding(sam.prompt_encoder, grid)
         dense = embed_dense(sam.prompt_encoder, None, grid_hw=grid)
-        size = (pixels.shape[-2], pixels.shape[-1])
         decoded = [
             decode_masks(
                 sam.mask_decoder,
                 embeddings,
                 image_pe=image_pe,
                 sparse_prompt_embeddings=embed_tokens(
-                    sam.prompt_encoder, group.coords, group.labels, input_size=size
+                    sam.prompt_encoder, group.coords, group.labels, input_size=padded_size
                 ),
                 dense_prompt_embeddings=dense,
                 stable_sam=plugin_for(self.stable_sam, is_several_points=group.is_several_points),

@@ -6,8 +6,9 @@ the seed and on `i` alone, so a run can be resumed anywhere and with any number 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,6 +121,11 @@ class CocoFolder:
     def file(self, index: int) -> Path:
         """Return where image `index` lies."""
         return self._files[index]
+
+    def digest(self, indexes: Iterable[int]) -> str:
+        """Hash which images these are and what is annotated in them; no pixel is looked at."""
+        content = [(self._files[i].name, [o["rle"] for o in self._objects[i]]) for i in indexes]
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def scene(self, index: int) -> Scene:
         """Read image `index` with all its annotations.

@@ -270,7 +270,8 @@ def finetune(
         image = strong_view(
             pixels_of(view.image, device), generator=generator, chance=config.strong_chance
         )
-        seen: Seen = module(image, token_groups(prompts, device))
+        padded_size = anchors[which].padded_size((view.image.shape[0], view.image.shape[1]))
+        seen: Seen = module(image, token_groups(prompts, device), padded_size)
         losses, mean_iou = _losses(
             seen,
             view,
@@ -358,6 +359,7 @@ def _prompts(view: View, generator: torch.Generator) -> list[ObjectPrompt]:
     off_it = random_points(
         1 - view.masks, max(beside, 1), stride=MASK_STRIDE, generator=generator
     ).numpy()
+    has_beside = (view.masks < 0.5).flatten(1).any(1).tolist()
     prompts = []
     for index, prompt in enumerate(view.prompts):
         drawn, is_loose = torch.rand(2, generator=generator).tolist()
@@ -369,9 +371,9 @@ def _prompts(view: View, generator: torch.Generator) -> list[ObjectPrompt]:
                 prompt = replace(prompt, box_xyxy=box[0].numpy())
         else:
             single = drawn < _BOXES + _SINGLE_POINTS
-            points = [on_it[index, :1] if single else on_it[index]]
-            points += [] if single else [off_it[index, :beside]]
-            labels = np.repeat([1, 0], [len(points[0]), 0 if single else beside])
+            not_on_it = 0 if single or not has_beside[index] else beside
+            points = [on_it[index, :1] if single else on_it[index], off_it[index, :not_on_it]]
+            labels = np.repeat([1, 0], [len(points[0]), not_on_it])
             prompt = ObjectPrompt(
                 point_coords=np.concatenate(points).astype(np.float64), point_labels=labels
             )
@@ -437,10 +439,12 @@ def _prompted_losses(
     at_best = F.one_hot(best, 4).bool()[asked]
     ious = mask_iou(logits, targets)
     errors = (seen.ious[:count][asked] - ious).square()
+    # What covers no pixel of the targets by half has an IoU of 0 whatever is answered.
+    known = (targets > 0.5).flatten(1).any(1)
     losses = {
         "bce": bce[at_best].mean(),
         "soft_iou": soft_iou[at_best].mean(),
-        "iou": errors.mean(),
+        "iou": (errors * known).sum() / known.sum().clamp(min=1),
     }
     return losses, ious[at_best].mean()
 

@@ -201,7 +201,7 @@ def _assemble(
         )
 
     maps = [_assertions(one.asserted, region, moved, input_size) for one in objects]
-    covered_share = _low_resolution(_resized(covered, region, input_size))
+    covered_share = _low_resolution(_share(covered, region, input_size))
     nothing = torch.zeros(0, *covered_share.shape)
     allowed, required, boxes, masks = (
         (torch.stack(kind) for kind in zip(*maps, strict=True))
@@ -230,19 +230,22 @@ def empty_view(image: NDArray[np.uint8], anchor: Predictor) -> View:
         anchor: Says how large the image is encoded.
     """
     whole = Crop(0, 0, image.shape[1], image.shape[0])
-    input_size = anchor.policy.input_size(whole.size, train_side=anchor.image_size)
+    input_size = anchor.input_size(whole.size)
     return _assemble(image, (), whole, input_size, np.zeros(image.shape[:2], np.bool_))
 
 
-def _resized(
+def _share(
     mask: NDArray[np.bool_], region: Crop, input_size: tuple[int, int]
-) -> NDArray[np.bool_]:
-    """Bring the part of a mask [H, W] in a region to the encoder's size."""
-    cut = mask[region.y0 : region.y1, region.x0 : region.x1].astype(np.uint8)
-    resized: NDArray[np.bool_] = (
-        cv2.resize(cut, input_size[::-1], interpolation=cv2.INTER_NEAREST) > 0
-    )
-    return resized
+) -> NDArray[np.float32]:
+    """Return the share of each pixel of the encoder's size that a mask [H, W] covers in a region.
+
+    Not thresholded: of something smaller than such a pixel nothing would be left.
+    """
+    cut = mask[region.y0 : region.y1, region.x0 : region.x1].astype(np.float32)
+    is_reduced = cut.shape[0] > input_size[0] or cut.shape[1] > input_size[1]
+    how = cv2.INTER_AREA if is_reduced else cv2.INTER_LINEAR
+    share: NDArray[np.float32] = cv2.resize(cut, input_size[::-1], interpolation=how)
+    return share
 
 
 def _assertions(
@@ -255,7 +258,7 @@ def _assertions(
     height, width = input_size
     allowed = np.ones(input_size, np.bool_)
     box = np.zeros(input_size, np.bool_)
-    mask: NDArray[np.bool_] = np.zeros(input_size, np.bool_)
+    share: NDArray[np.float32] = np.zeros(input_size, np.float32)
     points = {label: np.zeros(input_size, np.bool_) for label in (0, 1)}
     if one is not None and one.box_xyxy is not None:
         corners = moved(one.box_xyxy)
@@ -264,9 +267,10 @@ def _assertions(
         box[top:bottom, left:right] = True
         allowed &= box
     if one is not None and one.mask is not None:
-        mask = _resized(one.mask, region, input_size)
-        reach = max(_TOLERANCE * float(np.sqrt(mask.sum())), _LEAST_TOLERANCE_PX)
-        outside = (~mask).astype(np.uint8)
+        share = _share(one.mask, region, input_size)
+        reach = max(_TOLERANCE * float(np.sqrt(share.sum())), _LEAST_TOLERANCE_PX)
+        # At least where it covers most, however thin it is.
+        outside = (share < min(0.5, max(float(share.max()), 1e-6))).astype(np.uint8)
         allowed &= cv2.distanceTransform(outside, cv2.DIST_L2, 5) <= reach
     if one is not None and len(one.point_coords):
         columns, rows = np.floor(moved(one.point_coords)).astype(int).T
@@ -279,12 +283,15 @@ def _assertions(
         (_low_resolution(allowed) > 0) & ~(forbidden & ~required),
         required,
         _low_resolution(box) >= 0.5,
-        _low_resolution(mask),
+        _low_resolution(share),
     )
 
 
-def _low_resolution(drawn: NDArray[np.bool_]) -> Tensor:
-    """Return the share of each low-resolution pixel that is drawn: [H / 4, W / 4], rounded up."""
+def _low_resolution(drawn: NDArray[np.bool_ | np.float32]) -> Tensor:
+    """Return the share of each low-resolution pixel that is drawn: [H / 4, W / 4], rounded up.
+
+    Where a side is no multiple of 4 all pixels are a little smaller, so that a map may be flipped.
+    """
     size = (-(-drawn.shape[0] // MASK_STRIDE), -(-drawn.shape[1] // MASK_STRIDE))
     return F.adaptive_avg_pool2d(torch.from_numpy(drawn).float()[None], size)[0]
 
@@ -458,9 +465,7 @@ class PartSource:
             image = self._images[index].read()
             layout = self._layout(index)
             region = crop or Crop(0, 0, image.shape[1], image.shape[0])
-            input_size = self._anchor.policy.input_size(
-                region.size, train_side=self._anchor.image_size
-            )
+            input_size = self._anchor.input_size(region.size)
             objects = [layout.objects[i] for i in layout.chunks[crop][number]]
             covered = np.zeros(image.shape[:2], np.bool_)
             for one in self._images[index].objects:

@@ -269,7 +269,8 @@ def adapt(
         flip = FLIPS[int(torch.randint(len(FLIPS), (), generator=generator))]
         view = part.view.flipped(flip)
         target = anchored.get((part.key, flip), partial(ask_anchor, view))
-        return _backward(fabric, module, view, target, config, generator)
+        padded_size = anchor.padded_size((view.image.shape[0], view.image.shape[1]))
+        return _backward(fabric, module, view, target, config, padded_size, generator)
 
     last = None
     if run_dir is not None:
@@ -349,6 +350,7 @@ def _backward(
     view: View,
     target: _Target,
     config: WesamConfig,
+    padded_size: tuple[int, int],
     generator: torch.Generator,
 ) -> tuple[dict[str, float], float]:
     """Add one view's gradients to those of the parameters.
@@ -368,7 +370,7 @@ def _backward(
     if config.targets == "teacher":
         learns = config.anchor_weight > 0 or config.contrastive_weight > 0
         with torch.set_grad_enabled(learns):
-            seen: Seen = module(weak, token_groups(view.teacher_prompts, device))
+            seen: Seen = module(weak, token_groups(view.teacher_prompts, device), padded_size)
             teacher = chosen_masks(seen.logits, target.token)
             losses = _weighed(_teacher_losses(seen, teacher, view, target, config), config)
         if learns:
@@ -379,7 +381,7 @@ def _backward(
     is_loose = bool(torch.rand((), generator=generator) < config.loose_prompts)
     if is_loose:
         prompts = _loosened(prompts, (pseudo > 0.5).float(), generator)
-    seen = module(strong, token_groups(prompts, device))
+    seen = module(strong, token_groups(prompts, device), padded_size)
     of_student, mean_iou = _student_losses(seen, pseudo, prompts, view, target, config)
     of_student = _weighed(of_student, config)
     fabric.backward(_sum(of_student))

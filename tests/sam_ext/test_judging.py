@@ -395,6 +395,24 @@ def test_models_answer_as_they_are_served():
         assert row.value == pytest.approx(iou(answer.mask, TRUTHS[1]))
 
 
+def test_few_answers_are_held_at_a_time(monkeypatch):
+    """The judgement is the same; a large image's masks of three models would fill the memory."""
+    models = answering(3, 1), answering(6), answering(4)
+    wanted = decide(*models)
+    asked = []
+    answer = judging._answers
+
+    def counting(predictor, size_hw, embed, questions, crops):
+        asked.append(len(questions))
+        return answer(predictor, size_hw, embed, questions, crops)
+
+    monkeypatch.setattr(judging, "_answers", counting)
+    monkeypatch.setattr(judging, "_ANSWERED_PIXELS", 4 * SIZE_HW[0] * SIZE_HW[1])
+    assert decide(*models) == wanted
+    assert asked == [4] * 9 + [3] * 3
+    assert [model.embedded for model in models] == [2, 2, 2]
+
+
 def test_bad_requests_are_refused():
     model = answering(0)
     with pytest.raises(ConfigError, match="active, base is missing"):

@@ -104,6 +104,26 @@ def test_a_merged_sam_answers_the_same_with_plain_modules(small_sam, images):
     assert all(torch.equal(adapted.state_dict()[key], value) for key, value in before.items())
 
 
+def test_it_is_merged_on_the_cpu(small_sam, monkeypatch):
+    """Apple's GPUs have no double precision."""
+    attach_lora(small_sam.image_encoder)
+    copied, to_cpu, to_double = [], torch.Tensor.cpu, torch.Tensor.double
+
+    def cpu(tensor):
+        copied.append(to_cpu(tensor).clone())
+        return copied[-1]
+
+    def double(tensor):
+        assert any(tensor is one for one in copied)
+        return to_double(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    merged = merge_lora(moved(small_sam))
+    assert copied
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+
+
 def test_a_refused_attachment_changes_nothing(small_sam):
     with pytest.raises(ConfigError, match="rank must be at least 1, got 0"):
         attach_lora(small_sam.image_encoder, rank=0)

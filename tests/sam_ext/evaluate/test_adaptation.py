@@ -116,6 +116,16 @@ def test_a_model_is_measured_as_it_is_served(small_sam, test):
     assert score.maps is None
 
 
+def test_several_points_are_asked_click_upon_click_where_the_model_is_served_so(
+    small_sam, test, monkeypatch
+):
+    plain = measure(small_sam, test, [0], seed=0)
+    monkeypatch.setattr(adaptation, "default_refine", lambda side: side == 64)
+    refined = measure(small_sam, test, [0], seed=0)
+    assert refined["box"] == plain["box"]
+    assert refined["5+5 points"] != plain["5+5 points"]
+
+
 def rows_of(sam, train, test, **options):
     settings = {
         "wesam": wesam(),
@@ -218,10 +228,12 @@ def test_rows_in_a_file_are_not_trained_again(monkeypatch, small_sam, train, tes
     monkeypatch.setattr(adaptation, "choose_method", lambda **counts: ("lora", ""))
     monkeypatch.setattr(adaptation, "finetune", remember)
 
-    def run(**options):
+    def run(train=train, test=test, **options):
         file = RowFile(tmp_path / "rows.jsonl", AdaptationRow)
         return rows_of(small_sam, train, test, file=file, methods=("lora", "auto"), **options)
 
+    moved = [np.roll(OBJECT, 3, axis=0)] * 4
+    relabelled = write_folder(tmp_path / "relabelled", moved, ["train", "train", "test", "test"])
     with pytest.raises(KeyboardInterrupt):
         run(seeds=(6, 7))
     assert trained == [6, 7]
@@ -233,6 +245,8 @@ def test_rows_in_a_file_are_not_trained_again(monkeypatch, small_sam, train, tes
         {"finetuning": finetuning(learning_rate=0.5)},
         {"split": "other"},
         {"images": (1,)},
+        {"test": CocoFolder(relabelled, splits=("test",))},
+        {"train": CocoFolder(relabelled, splits=("train",))},
     ):
         before = len(trained)
         run(seeds=(6,), **changed)
@@ -454,6 +468,14 @@ def test_the_command_prints_writes_and_draws_the_table(small_sam, root, tmp_path
     printed = capsys.readouterr()
     assert "supervised" in printed.out
     assert "set, supervised from masks, images 1, seed 1: box" in printed.err
+
+
+@pytest.mark.parametrize("given", ["--train", "--test"])
+def test_both_sets_are_needed(root, given, capsys):
+    missing = {"--train": "--test", "--test": "--train"}[given]
+    with pytest.raises(SystemExit):
+        main(["adaptation", given, str(root)])
+    assert f"required: {missing}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("counts", ["0", "10,some", ""])

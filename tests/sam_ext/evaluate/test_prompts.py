@@ -247,6 +247,37 @@ def test_the_command_measures_a_checkpoint_and_the_plugin_beside_it(
     assert "box, noise 0.4" in capsys.readouterr().out
 
 
+def test_plugins_that_are_compared_are_told_apart(small_sam, folder, tmp_path):
+    checkpoint, out = tmp_path / "s.safetensors", tmp_path / "r.json"
+    save_checkpoint(small_sam, checkpoint)
+    base = weights_fingerprint(load_sam(str(checkpoint), weights_dir=tmp_path))
+    command = f"prompts --data {folder} --model {checkpoint} --device cpu --draws 1 --json {out}"
+    for seed, name in enumerate(("one", "two")):
+        save_stable_sam(moved_plugin(seed), tmp_path / f"{name}.safetensors", base=base)
+        command += f" --stable-sam {tmp_path / name}.safetensors"
+    main([*command.split(), "--prompts", "5 points"])
+    rows = {row["variant"]: row["miou"] for row in json.loads(out.read_text())}
+    one, two = (f"s+dsp+drp {tmp_path / name}.safetensors" for name in ("one", "two"))
+    assert rows[one] != rows[two]
+
+
+def test_a_model_that_is_served_click_upon_click_is_measured_so(
+    small_sam, folder, tmp_path, monkeypatch
+):
+    checkpoint, out = tmp_path / "s.safetensors", tmp_path / "r.json"
+    save_checkpoint(small_sam, checkpoint)
+    command = f"prompts --data {folder} --model {checkpoint} --device cpu --draws 1 --json {out}"
+    found = {}
+    for refined in (False, True):
+        monkeypatch.setattr(prompts, "default_refine", lambda side, refined=refined: refined)
+        main([*command.split(), "--prompts", "tight box;5 points"])
+        for row in json.loads(out.read_text()):
+            found[refined, row["variant"], row["prompt"]] = row["miou"], row["iou_error"]
+    assert found[True, "s as served", "5 points"] != found[False, "s as served", "5 points"]
+    assert found[True, "s as served", "tight box"] == found[False, "s as served", "tight box"]
+    assert found[True, "s", "5 points"] == found[False, "s", "5 points"]
+
+
 def test_the_sheet_of_a_plugin_for_several_points_shows_these(small_sam, folder, tmp_path):
     checkpoint, out, sheet = (tmp_path / name for name in ("s.safetensors", "r.json", "s.png"))
     save_checkpoint(small_sam, checkpoint)

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -40,13 +41,37 @@ def test_a_branch_sees_what_the_predictor_answers(small_sam):
     branch = Branch(small_sam, None, ba_sam=None, checkpointing=False)
     device = torch.device("cpu")
     with torch.no_grad():
-        seen = branch(pixels_of(image, device), token_groups(prompts, device))
+        seen = branch(
+            pixels_of(image, device),
+            token_groups(prompts, device),
+            predictor.padded_size(image.shape[:2]),
+        )
     assert seen.logits.shape == (3, 4, 13, 23)
     assert seen.embeddings.shape == (256, 4, 6)
     for index, (low_res, ious, _) in enumerate(wanted):
         # float32: windows and attention are computed in other pieces
         torch.testing.assert_close(seen.logits[index], low_res[:, :13, :23], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(seen.ious[index], ious, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [ResolutionPolicy(), ResolutionPolicy(mode="native", min_side=90, max_side=90, pad_to=64)],
+)
+def test_a_branch_pads_as_the_model_is_served(small_sam, policy):
+    predictor = Predictor(small_sam, policy=policy)
+    size = predictor.input_size((50, 90))
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    [(wanted, _, _)] = predictor.decode_low_res(predictor.embed(image), [BOX])
+    branch = Branch(small_sam, None, ba_sam=None, checkpointing=False)
+    device = torch.device("cpu")
+    with torch.no_grad():
+        seen = branch(
+            pixels_of(image, device), token_groups([BOX], device), predictor.padded_size(size)
+        )
+    height, width = seen.logits.shape[-2:]
+    assert (height, width) < wanted.shape[-2:]
+    torch.testing.assert_close(seen.logits[0], wanted[:, :height, :width], rtol=1e-3, atol=1e-4)
 
 
 def test_a_plugin_takes_part_in_the_prompts_that_it_is_for(small_sam):
@@ -66,7 +91,11 @@ def test_a_plugin_takes_part_in_the_prompts_that_it_is_for(small_sam):
     branch = Branch(small_sam, plugin, ba_sam=None, checkpointing=False)
     device = torch.device("cpu")
     with torch.no_grad():
-        seen = branch(pixels_of(image, device), token_groups(prompts, device))
+        seen = branch(
+            pixels_of(image, device),
+            token_groups(prompts, device),
+            predictor.padded_size(image.shape[:2]),
+        )
     assert [routing is not None for _, _, routing in wanted] == [True, False, False, True, False]
     for index, (low_res, _, _) in enumerate(wanted):
         torch.testing.assert_close(seen.logits[index], low_res, rtol=1e-3, atol=1e-4)

@@ -435,6 +435,25 @@ def test_points_are_drawn_beside_an_object_that_fills_its_view():
     assert random_points(view.masks, 1, stride=4, generator=torch.Generator()).isfinite().all()
 
 
+def test_an_object_that_fills_its_view_gets_no_points_beside_it():
+    view = a_view([BOX, BOX], torch.stack([torch.ones(12, 20), masks_of_two()[0]]))
+    drawn = [module._prompts(view, torch.Generator().manual_seed(seed)) for seed in range(60)]
+    assert all((one.point_labels == 1).all() for one, _ in drawn)
+    assert any((other.point_labels == 0).any() for _, other in drawn)
+
+
+def test_the_score_of_what_is_too_thin_to_be_measured_is_not_learnt():
+    masks = torch.stack([masks_of_two()[0], 0.3 * masks_of_two()[1]])
+    ious = torch.full((2, 4), 0.5, requires_grad=True)
+    seen = Seen(torch.zeros(2, 1, 1), torch.cat([10 * masks[:, None] - 5] * 4, 1), ious)
+    losses, _ = module._losses(
+        seen, a_view([BOX, BOX], masks), [BOX, BOX], config(), is_ambiguous=True
+    )
+    assert losses["iou"].item() == pytest.approx(0.25)
+    losses["iou"].backward()
+    assert (ious.grad != 0).tolist() == [[True, False, False, False], [False] * 4]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -231,6 +231,33 @@ def test_what_annotators_asserted_is_drawn(anchor):
     assert view.required[of_point].sum() == 1
 
 
+@pytest.mark.parametrize("corner", [(100, 60), (101, 63), (377, 211), (765, 509)])
+def test_something_tiny_is_seen_where_it_is(anchor, corner):
+    """In an image eight times as large as what the encoder sees, so that a step is 32 px of it."""
+    (x, y), mask = corner, np.zeros((512, 768), bool)
+    mask[y : y + 3, x : x + 3] = True
+    view = source(anchor, [image_of([weak(mask=mask)], size_hw=(512, 768))], kind="box", crops=None)
+    view = view.part(0).view
+    row, column = divmod(int(view.masks[0].argmax()), view.masks.shape[2])
+    middle = (np.array([x, y]) + 1.5) / 8
+    assert np.abs((np.array([column, row]) + 0.5) * 4 - middle).max() < 4.2
+    assert view.masks.sum().item() * 16 == pytest.approx(9 / 64, rel=1e-3)
+    assert view.allowed[0, row, column]
+    assert view.allowed.float().mean() < 0.1
+
+
+def test_a_mask_is_reduced_without_being_moved(anchor):
+    """Not by half a pixel: what a pixel covers is its share."""
+    mask = np.random.default_rng(0).random((480, 768)) > 0.5
+    mask[160:400, 96:288] = True
+    image = image_of([weak(mask=mask)], size_hw=(480, 768))
+    view = source(anchor, [image], kind="box", crops=None).part(0).view
+    assert view.image.shape[:2] == (60, 96)
+    wanted = mask.reshape(15, 32, 24, 32).mean((1, 3))
+    np.testing.assert_allclose(view.masks[0].numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(view.covered.numpy(), wanted, atol=1e-5)
+
+
 def by_kind(view):
     box = [bool(one.any()) for one in view.boxes].index(True)
     mask = [bool(one.any()) for one in view.masks].index(True)
