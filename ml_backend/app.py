@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 import label_studio_ml.api
 import prometheus_client
@@ -31,6 +32,7 @@ from ml_backend.engine import Engine
 from ml_backend.errors import (
     BackendError,
     BadRequestError,
+    ForbiddenError,
     JobExistsError,
     JobNotFoundError,
     OverloadedError,
@@ -59,8 +61,9 @@ _log = logging.getLogger(__name__)
 _EXTENSION = "ml_backend"
 _OPEN_PATHS = ("/health", "/webhook")
 _POLLED_PATHS = ("/", "/health", "/metrics")
-# A batch carries the finished masks of every selected task.
-_MAX_BODY_BYTES = 512 * 2**20
+# A batch carries the finished masks of every selected task, an event those of one.
+_MAX_BODY_BYTES = {"/predict": 512 * 2**20, "/webhook": 32 * 2**20}
+_MAX_OTHER_BODY_BYTES = 4 * 2**20
 _MAX_REASON = 300
 # What extra params, as the Model page calls them, may say.
 _TRAIN_METHOD = "train_method"
@@ -98,6 +101,14 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
     registry, store = open_registry(settings), open_store(settings)
     models = load_models(settings, registry=registry, store=store, predictor=predictor)
     _log.info("%s", _what_is_on(models.base))
+    if _is_open(settings):
+        _log.warning(
+            "whoever reaches %s:%d may say which Label Studio projects are on, and the backend "
+            "fetches images from there; set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY, or "
+            "BASIC_AUTH_USER and BASIC_AUTH_PASS, or HOST=127.0.0.1",
+            settings.host,
+            settings.port,
+        )
     connections = Connections(settings)
     recent_errors = RecentErrors()
     engine = Engine(
@@ -126,7 +137,6 @@ def create_app(settings: Settings, predictor: Predictor | None = None) -> Flask:
     )
 
     app = Flask(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = _MAX_BODY_BYTES
     app.extensions[_EXTENSION] = Manager(service, connections)
     # Its views look the manager up when they are called; each app has its own.
     label_studio_ml.api._manager = LocalProxy(lambda: current_app.extensions[_EXTENSION])
@@ -319,6 +329,12 @@ def _add_routes(app: Flask, service: Service) -> None:
     app.add_url_rule("/job_status", "job_status", job_status, methods=["POST"])
 
 
+def _is_open(settings: Settings) -> bool:
+    """Say whether anybody elsewhere may announce a Label Studio that is then asked for images."""
+    is_known = settings.label_studio_url is not None or settings.basic_auth_user is not None
+    return not is_known and settings.host not in ("127.0.0.1", "localhost", "::1")
+
+
 def _what_is_on(base: ServedModel) -> str:
     plugin = base.predictor.stable_sam
     if plugin is None:
@@ -339,9 +355,11 @@ def _add_guards(app: Flask, settings: Settings, recent_errors: RecentErrors) -> 
 
     @app.before_request
     def check() -> None:
+        request.max_content_length = _MAX_BODY_BYTES.get(request.path, _MAX_OTHER_BODY_BYTES)
         if settings.basic_auth_user is not None and request.path not in _OPEN_PATHS:
             _check_credentials(settings)
         if request.method == "POST" and request.blueprint != PAGE:
+            _check_sender()
             _check_body()
         if settings.basic_auth_user is not None and _asks_for_training():
             _check_credentials(settings)  # which Label Studio sends with this event alone
@@ -395,6 +413,17 @@ def _check_credentials(settings: Settings) -> None:
         raise UnauthorizedError(
             "basic auth must be BASIC_AUTH_USER and BASIC_AUTH_PASS, got others or none; set them "
             "in the project's Model page in Label Studio"
+        )
+
+
+def _check_sender() -> None:
+    """Refuse what another site makes a browser send, with the password that it remembers."""
+    origin = request.headers.get("Origin")
+    is_foreign = request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
+    if is_foreign or (origin is not None and urlsplit(origin).netloc != request.host):
+        raise ForbiddenError(
+            f"{request.path} must be asked by a program, got a page of "
+            f"{(origin or 'another site')[:100]!r}; Label Studio's server asks it"
         )
 
 

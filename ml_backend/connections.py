@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,6 +16,8 @@ from ml_backend.registry import is_project_name
 from ml_backend.settings import Settings, TrainMethod
 
 __all__ = ["Connections"]
+
+_log = logging.getLogger(__name__)
 
 
 class Connections:
@@ -48,6 +52,8 @@ class Connections:
             "w", dir=self._folder, prefix=".", delete=False
         ) as file:
             json.dump(known, file)
+            file.flush()
+            os.fsync(file.fileno())
         Path(file.name).replace(self._path(project))
 
     def client_for(self, task: Mapping[str, Any]) -> LabelStudioClient | None:
@@ -77,9 +83,15 @@ class Connections:
     def _announced(self, project: str) -> dict[str, str]:
         if not is_project_name(project):
             return {}
+        path = self._path(project)
         try:
-            known: dict[str, str] = json.loads(self._path(project).read_text())
+            known = json.loads(path.read_bytes())
         except FileNotFoundError:
+            return {}
+        except ValueError:
+            known = None
+        if not isinstance(known, dict):  # the disk lost it; the next /setup writes it anew
+            _log.warning("%s is damaged; save the model's connection in Label Studio again", path)
             return {}
         return known
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from xml.etree import ElementTree
 
 import requests
 
-from ml_backend.connect import ProjectClient
+from ml_backend.connect import ProjectClient, basic_auth_of
 from ml_backend.errors import BackendError, LabelConfigError
-from ml_backend.label_config import LabelConfig, parse_label_config
+from ml_backend.label_config import Control, LabelConfig, parse_label_config
+from ml_backend.label_studio import project_name
 from ml_backend.settings import Settings
 from sam_ext.errors import SamExtError
 
@@ -19,6 +21,7 @@ __all__ = [
     "Finding",
     "State",
     "check_backend",
+    "check_drawing",
     "check_label_config",
     "check_label_studio",
     "check_model",
@@ -30,6 +33,12 @@ State = Literal["ok", "warning", "failure"]
 
 _CONNECTED = "CO"
 _TIMEOUT_S = 5.0
+_PREDICT_TIMEOUT_S = 100.0  # so long Label Studio waits
+_IN_THE_MIDDLE: dict[str, dict[str, float]] = {
+    "keypoint": {"x": 50, "y": 50, "width": 1},
+    "rectangle": {"x": 25, "y": 25, "width": 50, "height": 50, "rotation": 0},
+    "ellipse": {"x": 50, "y": 50, "radiusX": 25, "radiusY": 25, "rotation": 0},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,8 @@ def diagnose(
         backend_url: The backend as Label Studio reaches it.
     """
     yield from check_model(settings)
-    yield from check_backend(backend_url)
+    of_backend = list(check_backend(backend_url))
+    yield from of_backend
     if label_studio_url is None:
         yield Finding(
             check="Label Studio",
@@ -83,6 +93,8 @@ def diagnose(
             )
             return
         yield from check_project(client, project_id, settings=settings, backend_url=backend_url)
+        if all(finding.state == "ok" for finding in of_backend):
+            yield from check_drawing(client, project_id, settings=settings, backend_url=backend_url)
     except BackendError as error:
         yield Finding(check="Label Studio", state="failure", detail=str(error))
 
@@ -195,6 +207,84 @@ def check_project(
     yield from _check_connection(client, project_id, backend_url=backend_url)
 
 
+def check_drawing(
+    client: ProjectClient, project_id: int, *, settings: Settings, backend_url: str
+) -> Iterator[Finding]:
+    """Whether the backend answers a drawing on one of the project's tasks, image and all.
+
+    It is asked as Label Studio asks it, so what it says of its own token, of the image's address
+    and of the config is what annotators would never see.
+
+    Raises:
+        LabelStudioError: If Label Studio does not answer, or has no such project.
+    """
+    check = "drawing"
+    project = client.get_project(project_id)
+    tasks = client.list_tasks(project_id, limit=1)
+    try:
+        drawing = _drawing(parse_label_config(project["label_config"]))
+    except LabelConfigError:
+        drawing = None
+    if drawing is None or not tasks:
+        missing = "a task" if drawing else "a labelling config"
+        yield Finding(
+            check=check, state="warning", detail=f"not tried; the project has not {missing} for it"
+        )
+        return
+    body = {
+        "tasks": tasks,
+        "project": project_name(project),
+        "label_config": project["label_config"],
+        "params": {"context": {"result": [drawing]}},
+    }
+    where, started = f"task {tasks[0]['id']}", time.monotonic()
+    try:
+        with requests.Session() as session:
+            session.trust_env = False
+            answer = session.post(
+                f"{backend_url.rstrip('/')}/predict",
+                json=body,
+                auth=basic_auth_of(settings),
+                timeout=_PREDICT_TIMEOUT_S,
+            )
+        content = answer.json()
+        if not answer.ok:
+            detail = f"{where}: {content['error']} (id {content['id']} in the backend's log)"
+            yield Finding(check=check, state="failure", detail=detail)
+            return
+        regions = content["results"][0]["result"]
+    except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+        detail = f"{where}: {backend_url}/predict must answer, got {type(error).__name__}"
+        yield Finding(check=check, state="failure", detail=f"{detail}; read the backend's log")
+        return
+    kinds = ", ".join(sorted({region["type"] for region in regions})) or "nothing"
+    yield Finding(
+        check=check,
+        state="ok",
+        detail=f"{where}: a {drawing['type']} in the middle was answered with {kinds} in "
+        f"{time.monotonic() - started:.1f} s",
+    )
+
+
+def _drawing(config: LabelConfig) -> dict[str, Any] | None:
+    """Draw in the middle of an image, as the page would send it; None if nothing can be drawn."""
+    for image in config.images:
+        for control in config.prompts_for(image.name):
+            value: dict[str, Any] = {**_IN_THE_MIDDLE[control.kind]}
+            if control.value_key and control.labels:
+                value[control.value_key] = [control.labels[0]]
+            place = {"item_index": 0} if image.is_list else {}
+            return {
+                "id": "doctor",
+                "from_name": control.name,
+                "to_name": image.name,
+                "type": control.result_type,
+                "value": value,
+                **place,
+            }
+    return None
+
+
 def check_label_config(xml: str, *, settings: Settings) -> Iterator[Finding]:
     """Whether annotators can prompt with the config, and masks be answered into it."""
     check = "labelling config"
@@ -213,7 +303,7 @@ def check_label_config(xml: str, *, settings: Settings) -> Iterator[Finding]:
         control
         for image in config.images
         for control in config.prompts_for(image.name)
-        if smart.get(control.name) != "false" and control.name not in outputs
+        if _is_prompt(control, smart, outputs)
     ]
     problems = []
     if not prompts:
@@ -224,6 +314,7 @@ def check_label_config(xml: str, *, settings: Settings) -> Iterator[Finding]:
             'smart="true" smartOnly="true", and the mask tag\'s labels in it',
         )
         return
+    problems += _unknown_mask_tags(xml)
     for name in outputs:
         kind = next(control.kind for control in config.controls if control.name == name)
         if kind in ("brush", "polygon") and smart.get(name) != "false":
@@ -238,6 +329,23 @@ def check_label_config(xml: str, *, settings: Settings) -> Iterator[Finding]:
         names = ", ".join(dict.fromkeys(control.name for control in prompts))
         detail = f"prompts: {names}; answers: {', '.join(dict.fromkeys(outputs))}"
         yield Finding(check=check, state="ok", detail=detail)
+
+
+def _is_prompt(control: Control, smart: Mapping[str, str], outputs: list[str]) -> bool:
+    """Say whether a tag asks the backend; one that takes answers does if it says so."""
+    if control.name in outputs:
+        return control.smart
+    return smart.get(control.name) != "false"
+
+
+def _unknown_mask_tags(xml: str) -> list[str]:
+    """The tags for masks that are not filled."""
+    found = {element.tag for element in ElementTree.fromstring(xml).iter()}
+    return [
+        f"<{tag}> is not filled; use <BrushLabels> or <PolygonLabels>"
+        for tag in sorted(found)
+        if tag.lower() in ("bitmask", "bitmasklabels")
+    ]
 
 
 def _smart_attributes(xml: str) -> dict[str, str]:

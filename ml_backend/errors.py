@@ -3,7 +3,7 @@
 BackendError                500  anything of ours that has no better name
 ├── BadRequestError         400  the request's body or its drawing
 ├── UnauthorizedError       401  basic auth is on and the request has none that fits
-├── ForbiddenError          403  a button of the status page, pressed by another site
+├── ForbiddenError          403  a button of the status page or a route, used by another site
 ├── LabelConfigError        400  the labelling config offers nothing to prompt or to return
 ├── ImageError                   the task's image, by step
 │   ├── ImageAddressError   400  the address is of a kind or at a place that is not read
@@ -61,7 +61,7 @@ class UnauthorizedError(BackendError):
 
 
 class ForbiddenError(BackendError):
-    """A button of the status page was not pressed on that page."""
+    """A button of the status page was not pressed there, or another site's page sent a request."""
 
     status = 403
 

@@ -1085,9 +1085,80 @@ def test_flasks_own_errors_are_json_too(client, method, path, status):
     assert response.json.keys() == {"error", "id"}
 
 
-def test_a_body_that_is_too_large_is_refused(client):
-    client.application.config["MAX_CONTENT_LENGTH"] = 100
-    assert client.post("/predict", json=payload("10")).status_code == 413
+@pytest.mark.parametrize(
+    ("path", "megabytes", "status"),
+    [("/webhook", 31, 201), ("/webhook", 33, 413), ("/setup", 5, 413), ("/predict", 33, 200)],
+)
+def test_a_body_that_is_too_large_is_refused(client, path, megabytes, status):
+    """Before it is parsed: /webhook is open to everybody. A batch carries finished masks."""
+    body = {"action": "TASKS_CREATED", "tasks": [], "label_config": payload("10")["label_config"]}
+    answer = client.post(path, json=body | {"more": "x" * (megabytes * 2**20)})
+    assert answer.status_code == status
+
+
+@pytest.mark.parametrize("path", ["/predict", "/setup", "/webhook", "/train", "/job_status"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+    ],
+)
+def test_no_other_sites_page_asks_with_the_browsers_password(make_client, path, headers):
+    client = make_client(basic_auth_user="sam", basic_auth_pass="secret")
+    body = setup_body(payload("10"), "http://evil.example")
+    asked = {"data": json.dumps(body), "content_type": "text/plain", "auth": ("sam", "secret")}
+    answer = client.post(path, headers=headers, **asked)
+    assert answer.status_code == 403
+    assert answer.json["error"].startswith(f"{path} must be asked by a program, got a page of ")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}],
+    ids=["Label Studio", "its own page"],
+)
+def test_programs_and_its_own_pages_may_ask(client, headers):
+    body = setup_body(payload("10"), "")
+    assert client.post("/setup", json=body, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"hostname": "http'])
+def test_what_the_disk_lost_of_a_connection_is_announced_anew(
+    make_client, label_studio, tmp_path, caplog, content
+):
+    request = payload("10")
+    serve_images(label_studio, request)
+    client = make_client()
+    body = setup_body(request, label_studio.url)
+    client.post("/setup", json=body)
+    assert predicted(client, request)[0]["result"]
+    kept = tmp_path / "connections" / f"{request['project']}.json"
+    kept.write_bytes(content)
+    refused = client.post("/predict", json=request)
+    assert refused.status_code == 400
+    assert "LABEL_STUDIO_URL" in refused.json["error"]
+    assert f"{kept} is damaged" in caplog.text
+    assert client.post("/setup", json=body).status_code == 200
+    assert predicted(client, request)[0]["result"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_told"),
+    [
+        ({}, True),
+        ({"host": "127.0.0.1"}, False),
+        ({"label_studio_url": "http://localhost:8080"}, False),
+        ({"basic_auth_user": "sam", "basic_auth_pass": "secret"}, False),
+    ],
+)
+def test_who_may_say_where_label_studio_is_is_told_at_the_start(
+    make_client, caplog, settings, is_told
+):
+    make_client(**settings)
+    assert ("may say which Label Studio" in caplog.text) == is_told
 
 
 def test_a_full_queue_is_answered_503_with_retry_after(client, label_studio):

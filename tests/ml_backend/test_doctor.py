@@ -1,22 +1,34 @@
 from __future__ import annotations
 
-import pytest
+import threading
+from contextlib import ExitStack
 
+import pytest
+from pydantic import SecretStr
+from werkzeug.serving import make_server
+
+from ml_backend.app import create_app
 from ml_backend.connect import ProjectClient, connect
+from ml_backend.convert.prompts import objects_from_regions
 from ml_backend.demo import demo_label_config
 from ml_backend.doctor import (
+    _drawing,
     check_backend,
+    check_drawing,
     check_label_config,
     check_label_studio,
     check_model,
     check_project,
     diagnose,
 )
+from ml_backend.label_config import parse_label_config
 from ml_backend.settings import Settings
 from sam_ext.checkpoints import save_checkpoint
+from sam_ext.predictor import Predictor
 from tests.conftest import build_small_sam
+from tests.ml_backend.backend import encoded, random_image
 from tests.ml_backend.connected import ConnectedLabelStudio
-from tests.ml_backend.servers import LEGACY_TOKEN, Server, json_answer
+from tests.ml_backend.servers import LEGACY_TOKEN, Answer, Server, json_answer
 
 URL = "http://10.0.0.7:9090"
 CONFIG = demo_label_config("brush")
@@ -90,6 +102,21 @@ def test_the_demos_labelling_configs_are_right(settings, output):
             "warning",
             'mask must have smart="false"',
             id="the trap: a brush is smart unless it says that it is not",
+        ),
+        pytest.param(
+            CONFIG.replace("BrushLabels", "BitmaskLabels").replace(
+                "</View>", '<PolygonLabels name="p" toName="image" smart="false"/></View>'
+            ),
+            "warning",
+            "<BitmaskLabels> is not filled; use <BrushLabels> or <PolygonLabels>",
+            id="a tag for masks that is not filled",
+        ),
+        pytest.param(
+            '<View><Image name="image" value="$image"/><RectangleLabels name="box" toName="image" '
+            'smart="true"><Label value="Cat"/></RectangleLabels></View>',
+            "ok",
+            "prompts: box; answers: box",
+            id="loose boxes to tight ones",
         ),
         pytest.param(
             CONFIG.replace('<Label value="Nucleus" background="#1971c2"/></Brush', "</Brush"),
@@ -267,6 +294,110 @@ def test_a_project_that_is_not_there_is_a_failure(label_studio, settings):
     *_, finding = found
     assert finding.state == "failure"
     assert "/api/projects/7/" in finding.detail
+
+
+@pytest.fixture
+def backend(label_studio, settings, predictor):
+    """The service, with the token that it was given; gives its address."""
+    label_studio.projects[0] |= {"created_at": "2026-11-30T10:00:00Z"}
+    label_studio.tasks = [{"id": 5, "project": 1, "data": {"image": "/data/upload/1/a.png"}}]
+    label_studio.routes["/data/upload/1/a.png"] = Answer(encoded(random_image(0, size_hw=(48, 64))))
+    with ExitStack() as stack:
+
+        def serve(**changes):
+            app = create_app(settings.model_copy(update=changes), predictor)
+            server = make_server("127.0.0.1", 0, app, threaded=True)
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            stack.callback(app.extensions["ml_backend"].service.close)
+            stack.callback(thread.join)
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.port}"
+
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(build_small_sam())
+
+
+def drawn_on(client, settings, url):
+    return only(check_drawing(client, 1, settings=settings, backend_url=url))
+
+
+@pytest.mark.parametrize("password", [None, "secret"])
+def test_a_drawing_on_a_task_of_the_project_is_tried(
+    client, label_studio, settings, backend, password
+):
+    auth = {"basic_auth_user": "sam", "basic_auth_pass": SecretStr("secret")} if password else {}
+    settings = settings.model_copy(update=auth)
+    known = {
+        "label_studio_url": label_studio.url,
+        "label_studio_api_key": SecretStr(label_studio.personal_access_token),
+    }
+    finding = drawn_on(client, settings, backend(**known, **auth))
+    assert (finding.check, finding.state) == ("drawing", "ok")
+    assert finding.detail.startswith("task 5: a keypointlabels in the middle was answered with ")
+
+
+def test_what_annotators_would_not_see_is_told(client, label_studio, settings, backend):
+    """The command has a token that works, the service has none."""
+    url = backend(label_studio_url=label_studio.url)
+    finding = drawn_on(client, settings, url)
+    assert finding.state == "failure"
+    assert finding.detail.startswith("task 5: fetch: '/data/upload/1/a.png' must be answered")
+    assert "LABEL_STUDIO_API_KEY" in finding.detail
+    assert "in the backend's log)" in finding.detail
+    found = diagnose(
+        settings,
+        label_studio_url=label_studio.url,
+        token=label_studio.personal_access_token,
+        project_id=1,
+        backend_url=url,
+    )
+    assert [f.state for f in found if f.check == "drawing"] == ["failure"]
+
+
+def test_something_else_at_predict_is_a_failure(client, label_studio, settings, backend):
+    with Server() as server:
+        server.routes["/predict"] = json_answer([])
+        assert drawn_on(client, settings, server.url).state == "failure"
+        url = server.url
+    finding = drawn_on(client, settings, url)
+    assert finding.state == "failure"
+    assert "/predict must answer, got ConnectionError" in finding.detail
+
+
+def test_without_a_task_no_drawing_is_tried(client, label_studio, settings, backend):
+    label_studio.tasks = []
+    finding = drawn_on(client, settings, "http://127.0.0.1:1")
+    assert (finding.state, finding.detail) == (
+        "warning",
+        "not tried; the project has not a task for it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tag", "images", "value"),
+    [
+        ("Rectangle", 'value="$image"', {"width": 50}),
+        ("Ellipse", 'value="$image"', {"radiusX": 25}),
+        ("KeyPoint", 'valueList="$images"', {"width": 1}),
+    ],
+)
+def test_the_drawing_is_one_that_the_backend_understands(tag, images, value):
+    config = parse_label_config(
+        f'<View><Image name="i" {images}/><{tag}Labels name="p" toName="i" smart="true">'
+        f'<Label value="Cat"/></{tag}Labels><Brush name="m" toName="i"/></View>'
+    )
+    drawing = _drawing(config)
+    [one] = objects_from_regions([drawing], config, size_hw=(100, 200))
+    assert value.items() <= drawing["value"].items()
+    assert one.labels == ("Cat",)
+    assert one.item_index == (0 if "List" in images else None)
+    middle = one.point_coords[0] if tag == "KeyPoint" else one.box_xyxy.reshape(2, 2).mean(0)
+    assert middle.tolist() == [100, 50]
 
 
 def test_without_label_studios_address_its_checks_are_named_as_left_out(settings):
