@@ -123,6 +123,7 @@ def train(
     from ml_backend.jobs import JobQueue, JobStore
     from ml_backend.label_studio import LabelStudioClient, project_name
     from ml_backend.triggers import start_job
+    from ml_backend.worker import has_worker
 
     url, token = _address_and_token(url, token)
     with _errors_as_one_sentence():
@@ -132,7 +133,14 @@ def train(
         chosen = method or Connections(settings).method_for(name)
         job = start_job(name, "command", chosen, jobs=jobs, queue=queue)
         queue.close()
-    typer.echo(f"Job {job.id} is queued: a training of project {name}, method {chosen}.")
+    where = settings.data_dir.resolve()
+    typer.echo(f"Job {job.id} is queued in {where}: a training of project {name}, method {chosen}.")
+    if not has_worker(settings):
+        typer.echo(
+            f"No worker runs on {where}: start one with `serve` or `worker`, or set DATA_DIR to "
+            "the service's folder",
+            err=True,
+        )
 
 
 def _download(settings: Settings) -> None:
@@ -227,7 +235,7 @@ def warm(
         )
     typer.echo(
         f"{report.embedded} embedded, {report.already_there} were there, "
-        f"{len(report.failures)} failed"
+        f"{len(report.failures)} failed, in {settings.embeddings_dir.resolve()}"
     )
     for failure in report.failures:
         typer.echo(failure, err=True)

@@ -418,8 +418,15 @@ class _Run:
         return project
 
     def _require_config(self, client: LabelStudioClient, number: int, config: LabelConfig) -> None:
-        """Refuse to go on if the labels mean something else by now; colours may change."""
-        now = parse_label_config(str(self._project(client, number)["label_config"]))
+        """Refuse to go on if the labels mean something else by now; colours may change.
+
+        Without Label Studio nobody can change them: hours of learning are not thrown away for that.
+        """
+        try:
+            now = parse_label_config(str(self._project(client, number)["label_config"]))
+        except LabelStudioUnreachableError as error:
+            _log.warning("job %d goes on with the config that it knows: %s", self._job.id, error)
+            return
         if now != config:
             raise _EndError(
                 "rejected",

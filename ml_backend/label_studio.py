@@ -38,11 +38,12 @@ _API_TIMEOUT_S = (3.05, 30.0)  # to connect; between two bytes
 _IMPORT_TIMEOUT_S = (3.05, 300.0)
 _REFRESH_TIMEOUT_S = (3.05, 10.0)  # an annotator's click waits for this one
 _ACCESS_TOKEN_S = 240.0  # Label Studio's access tokens live 300 s
+_GATEWAY_ERRORS = (502, 503, 504)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class LabelStudioUnreachableError(LabelStudioError):
-    """Label Studio did not answer at all, as opposed to refusing."""
+    """Label Studio did not answer, or only a proxy before it, as opposed to refusing."""
 
 
 class Origin(NamedTuple):
@@ -417,9 +418,8 @@ class LabelStudioClient:
                 "Label Studio really is"
             )
         if not response.ok:
-            raise LabelStudioError(
-                f"{asked} must answer 2xx, got status {status}{_detail_of(response)}"
-            )
+            kind = LabelStudioUnreachableError if status in _GATEWAY_ERRORS else LabelStudioError
+            raise kind(f"{asked} must answer 2xx, got status {status}{_detail_of(response)}")
         try:
             answer: object = response.json()
         except ValueError as error:

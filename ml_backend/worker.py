@@ -20,7 +20,7 @@ from ml_backend.jobs import Job, JobQueue, JobStore
 from ml_backend.loading import open_registry
 from ml_backend.settings import Settings
 
-__all__ = ["Worker", "run_worker"]
+__all__ = ["Worker", "has_worker", "run_worker"]
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +62,19 @@ def run_worker(settings: Settings) -> None:
         lock.release()
     if worker.failure is not None:
         raise worker.failure
+
+
+def has_worker(settings: Settings) -> bool:
+    """Say whether a worker runs on this `DATA_DIR`, on this machine."""
+    lock = FileLock(settings.data_dir / "worker.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False
 
 
 def _lock(settings: Settings) -> FileLock:

@@ -135,7 +135,7 @@ def test_warm_says_what_came_of_it_and_fails_if_one_image_did(run, tmp_path, lab
     result = run("warm", "--project", "1", *address, **variables)
     assert result.exit_code == 0, result.output
     assert "2/2" in result.output
-    assert "2 embedded, 0 were there, 0 failed" in result.output
+    assert f"2 embedded, 0 were there, 0 failed, in {tmp_path}/embeddings" in result.output
 
     label_studio.tasks[0]["data"]["image"] = "/data/upload/1/gone.png"
     result = run("warm", "--project", "1", *address, **variables)
@@ -300,7 +300,11 @@ def test_train_queues_a_job_once(run, tmp_path, label_studio):
     address = ("--url", label_studio.url, "--token", label_studio.personal_access_token)
     result = run("train", "--project", "1", *address, DATA_DIR=str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert result.output == "Job 1 is queued: a training of project 1.1795194739, method auto.\n"
+    assert result.output == (
+        f"Job 1 is queued in {tmp_path}: a training of project 1.1795194739, method auto.\n"
+        f"No worker runs on {tmp_path}: start one with `serve` or `worker`, or set DATA_DIR to the "
+        "service's folder\n"
+    )
     (job,) = JobStore(tmp_path).jobs()
     assert (job.project, job.trigger, job.method) == ("1.1795194739", "command", "auto")
 
@@ -323,8 +327,10 @@ def test_train_is_told_how(run, tmp_path, label_studio, arguments, method):
     (tmp_path / "connections" / "1.1795194739.json").write_text(json.dumps(known))
     address = ("--url", label_studio.url, "--token", label_studio.personal_access_token)
     variables = {"DATA_DIR": str(tmp_path), "TRAIN_METHOD": "lora"}
-    result = run("train", "--project", "1", *arguments, *address, **variables)
+    with FileLock(tmp_path / "worker.lock"):
+        result = run("train", "--project", "1", *arguments, *address, **variables)
     assert result.exit_code == 0, result.output
+    assert "No worker" not in result.output
     assert JobStore(tmp_path).get(1).method == method
 
 

@@ -227,6 +227,18 @@ def test_an_answer_that_is_not_label_studios_is_refused(label_studio, client, an
         client.version()
 
 
+@pytest.mark.parametrize(
+    ("status", "is_away"), [(502, True), (503, True), (504, True), (500, False)]
+)
+def test_a_proxy_before_a_label_studio_that_is_away_says_no_more_than_none(
+    label_studio, client, status, is_away
+):
+    label_studio.routes["/api/projects/"] = Answer(status=status)
+    with pytest.raises(LabelStudioError, match=f"got status {status}") as error:
+        client.list_projects()
+    assert isinstance(error.value, LabelStudioUnreachableError) == is_away
+
+
 def test_projects_are_listed_over_all_pages(label_studio, client):
     label_studio.projects = [{"id": number, "title": "…"} for number in range(1, 202)]
     assert client.list_projects() == label_studio.projects
