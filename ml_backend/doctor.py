@@ -314,10 +314,9 @@ def check_label_config(xml: str, *, settings: Settings) -> Iterator[Finding]:
             'smart="true" smartOnly="true", and the mask tag\'s labels in it',
         )
         return
-    problems += _unknown_mask_tags(xml)
     for name in outputs:
         kind = next(control.kind for control in config.controls if control.name == name)
-        if kind in ("brush", "polygon") and smart.get(name) != "false":
+        if kind in ("brush", "bitmask", "polygon") and smart.get(name) != "false":
             problems.append(
                 f'{name} must have smart="false": otherwise it is offered as a smart tool, first '
                 "in the list, that never asks the backend"
@@ -336,16 +335,6 @@ def _is_prompt(control: Control, smart: Mapping[str, str], outputs: list[str]) -
     if control.name in outputs:
         return control.smart
     return smart.get(control.name) != "false"
-
-
-def _unknown_mask_tags(xml: str) -> list[str]:
-    """The tags for masks that are not filled."""
-    found = {element.tag for element in ElementTree.fromstring(xml).iter()}
-    return [
-        f"<{tag}> is not filled; use <BrushLabels> or <PolygonLabels>"
-        for tag in sorted(found)
-        if tag.lower() in ("bitmask", "bitmasklabels")
-    ]
 
 
 def _smart_attributes(xml: str) -> dict[str, str]:

@@ -17,11 +17,13 @@ from ml_backend.errors import LabelConfigError
 
 __all__ = ["Control", "ImageTag", "Kind", "LabelConfig", "parse_label_config"]
 
-Kind = Literal["brush", "polygon", "rectangle", "ellipse", "keypoint", "labels"]
+Kind = Literal["brush", "bitmask", "polygon", "rectangle", "ellipse", "keypoint", "labels"]
 
 _TAGS: dict[str, Kind] = {
     "brush": "brush",
     "brushlabels": "brush",
+    "bitmask": "bitmask",
+    "bitmasklabels": "bitmask",
     "polygon": "polygon",
     "polygonlabels": "polygon",
     "rectangle": "rectangle",
@@ -33,7 +35,7 @@ _TAGS: dict[str, Kind] = {
     "labels": "labels",
 }
 _PROMPTS: tuple[Kind, ...] = ("keypoint", "rectangle", "ellipse")
-_OUTPUTS: tuple[Kind, ...] = ("brush", "polygon", "rectangle")
+_OUTPUTS: tuple[Kind, ...] = ("brush", "bitmask", "polygon", "rectangle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +113,13 @@ class LabelConfig:
         Args:
             image_name: The `<Image>` tag's name.
             labels: The labels of the object, as the prompt's region carries them.
-            wanted: The kinds to return, out of brush, polygon and rectangle. None means brush and
-                polygon, and rectangle where the tag is no smart tool: that one is there to draw
+            wanted: The kinds to return, out of brush, bitmask, polygon and rectangle. None means
+                all, but rectangle only where the tag is no smart tool: that one is there to draw
                 prompts with, and a rectangle beside every mask would be in the way. If the config
                 has nothing but such rectangles, they are what is answered.
 
         Returns:
-            The tags: brush first, then polygon, then rectangle.
+            The tags: brush first, then bitmask, polygon and rectangle.
 
         Raises:
             LabelConfigError: If the config has no tag to answer into, or none of a wanted kind.

@@ -24,7 +24,7 @@ from ml_backend.errors import SettingsError
 
 __all__ = ["Output", "Precision", "Settings", "TrainMethod", "load_settings"]
 
-Output = Literal["brush", "polygon", "rectangle"]
+Output = Literal["brush", "bitmask", "polygon", "rectangle"]
 Precision = Literal["auto", "bf16", "fp32"]
 TrainMethod = Literal["auto", "wesam", "sam-adapter", "lora"]
 

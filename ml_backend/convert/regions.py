@@ -9,6 +9,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
+from ml_backend.convert.png import data_url_from_mask
 from ml_backend.convert.polygons import polygons_from_mask, remove_specks
 from ml_backend.convert.rle import rle_from_mask
 from ml_backend.label_config import Control, LabelConfig
@@ -30,9 +31,9 @@ def regions_from_mask(
 ) -> list[dict[str, Any]]:
     """Write one object's mask as the regions that the labelling config has tags for.
 
-    A brush region holds the mask as it is. Polygons and the rectangle leave out specks: a stray
-    pixel would be a region of its own there, or would blow the rectangle up. A mask of several
-    pieces is one polygon region for each; a piece's holes are reached by bridges
+    A brush or bitmask region holds the mask as it is. Polygons and the rectangle leave out specks:
+    a stray pixel would be a region of its own there, or would blow the rectangle up. A mask of
+    several pieces is one polygon region for each; a piece's holes are reached by bridges
     (`polygons_from_mask`).
 
     A tag without labels of its own (`<Brush>`) gives a pair of entries with one id: the region,
@@ -53,7 +54,7 @@ def regions_from_mask(
         item_index: Which image of the tag's list, for an `<Image valueList="...">`.
 
     Returns:
-        The regions, ready for JSON: brush, then polygons, then rectangle, each with an id that is
+        The regions, ready for JSON: brush, bitmask, polygons, rectangle, each with an id that is
         unique for real (a repeated id overwrites a region accepted before). None for an empty mask.
 
     Raises:
@@ -133,6 +134,8 @@ def _values(
     """Write the mask as the geometry of one kind of region, in percent of the image."""
     if control.kind == "brush":
         return [{"format": "rle", "rle": rle_from_mask(mask)}]
+    if control.kind == "bitmask":
+        return [{"imageDataURL": data_url_from_mask(mask)}]
 
     height, width = mask.shape
     top, left, bottom, right = _bounds(mask)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ml_backend.convert.png import mask_from_data_url
 from ml_backend.convert.polygons import mask_from_polygon
 from ml_backend.convert.prompts import PromptedObject, objects_from_annotation
 from ml_backend.convert.rle import mask_from_rle
@@ -19,12 +20,13 @@ __all__ = ["SupervisedObject", "Supervision", "choose_annotation", "supervision_
 
 # A box around a mask that was left behind as its prompt, or that was returned beside it.
 _SAME_BOX = 0.5
-# A polygon that lies so much within a brush of its label is another form of the same answer.
+# A mask that lies so much within a brush of its label is another form of the same answer; and so is
+# one that lies so much within a bitmask.
 _SAME_MASK = 0.9
 _LIMIT_PERCENT = 1e6
 _DRAWN_TYPES = {
     kind + ending
-    for kind in ("brush", "polygon", "rectangle", "ellipse", "keypoint")
+    for kind in ("brush", "bitmask", "polygon", "rectangle", "ellipse", "keypoint")
     for ending in ("", "labels")
 }
 
@@ -95,14 +97,15 @@ def supervision_of(
 ) -> Supervision:
     """Read what a stored annotation says about one image.
 
-    - A brush region is a mask: what is painted more than half. A polygon is one, filled.
+    - A brush or bitmask region is a mask: what is painted more than half. A polygon is one, filled.
     - A rectangle or an ellipse is a box. A keypoint is an object of its own: a stored annotation
       with ten keypoints of one label has ten things pointed at. Negative keypoints hold for all
       objects of their label that were only pointed at.
     - Prompts that were left in the annotation belong to the mask that they were answered with: a
       box to the mask of its label that its own box fits, a keypoint to the mask or the box of its
       label that it lies in, the smallest such.
-    - A polygon within a brush of the same label is the same answer in another form, and left out.
+    - A bitmask or a polygon within a mask of another form and the same label is the same answer,
+      and left out.
     - Regions whose tag is gone from the config are left out; a label that is gone is no label.
     - Regions that were drawn while the page showed the image rotated are left out, and so are those
       that are damaged, are of another size than the image, or have no area.
@@ -173,8 +176,8 @@ def _masked_objects(
     left_out: list[str],
 ) -> list[SupervisedObject]:
     objects: list[SupervisedObject] = []
-    brushes: list[SupervisedObject] = []
-    for kind in ("brush", "polygon"):
+    before: list[SupervisedObject] = []
+    for kind in ("brush", "bitmask", "polygon"):
         for region in regions:
             control = _control(region, config)
             if control is None or control.kind != kind:
@@ -185,11 +188,11 @@ def _masked_objects(
                 left_out.append(f"{_name(region)}: {error}")
                 continue
             label = _label(_labels_of(region, regions, config, control))
-            is_copy = kind == "polygon" and any(
+            is_copy = any(
                 other.mask is not None
                 and other.label == label
                 and (mask & other.mask).sum() >= _SAME_MASK * mask.sum()
-                for other in brushes
+                for other in before
             )
             if not is_copy:
                 objects.append(
@@ -202,7 +205,7 @@ def _masked_objects(
                         is_ground_truth=is_ground_truth,
                     )
                 )
-        brushes = list(objects)
+        before = list(objects)  # of other forms
     return objects
 
 
@@ -218,6 +221,8 @@ def _mask(value: Mapping[str, Any], *, kind: str, size_hw: tuple[int, int]) -> N
         if not isinstance(rle, list):
             raise ValueError(f"rle must be a list of bytes, got {type(rle).__name__}")
         mask = mask_from_rle(rle, size_hw=size_hw)
+    elif kind == "bitmask":
+        mask = mask_from_data_url(value.get("imageDataURL"), size_hw=size_hw)
     else:
         points = value.get("points")
         ring = np.array(points if isinstance(points, list) else [], np.float64)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 import cv2
 import numpy as np
 import requests
+from PIL import Image
 
 from ml_backend.connect import ProjectClient
 
 ROOT = Path(__file__).parents[2]
 LABEL_STUDIO = ROOT / ".venv-labelstudio" / "bin" / "label-studio"
 OUTPUTS = ("brush", "polygon")
-MASK_TYPE = {"brush": "brushlabels", "polygon": "polygonlabels"}
+MASK_TYPE = {"brush": "brushlabels", "polygon": "polygonlabels", "bitmask": "bitmasklabels"}
 _READY_TIMEOUT_S = 300
 
 
@@ -187,13 +189,16 @@ def rectangle(thing: Thing) -> dict[str, Any]:
 
 
 def mask_of(region: dict[str, Any]) -> np.ndarray:
-    """The pixels of a brush or polygon region, [H, W] bool, by code that is not ours."""
+    """The pixels of a brush, bitmask or polygon region, [H, W] bool, by code that is not ours."""
     height, width = region["original_height"], region["original_width"]
     if region["type"] == "brushlabels":
         from label_studio_sdk.converter.brush import decode_rle
 
         rgba = decode_rle(region["value"]["rle"]).reshape(height, width, 4)
         return rgba[..., 3] > 127
+    if region["type"] == "bitmasklabels":
+        with urllib.request.urlopen(region["value"]["imageDataURL"]) as file:
+            return np.asarray(Image.open(file).convert("RGBA"))[..., 3] > 127
     points = np.array(region["value"]["points"]) * [width / 100, height / 100]
     canvas = np.zeros((height, width), np.uint8)
     cv2.fillPoly(canvas, [np.round(points).astype(np.int32)], 1)

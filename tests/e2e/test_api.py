@@ -200,7 +200,9 @@ def test_the_doctor_finds_the_demo_healthy(demo):
         ("token", "ok"),
         ("labelling config", "ok"),
         ("connection", "ok"),
+        ("drawing", "ok"),
     ], findings
+    assert "in the middle was answered with polygonlabels in " in findings[-1].detail
 
 
 def test_first_and_next_clicks_are_timed(demo, capsys):

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ml_backend.connect import connect
+from ml_backend.convert.supervision import supervision_of
+from ml_backend.demo import demo_label_config, sample_images
+from ml_backend.label_config import parse_label_config
 from tests.e2e.page import LabellingPage
 from tests.e2e.support import CAT, MASK_TYPE, NUCLEI, OUTPUTS, Thing, share_inside, union_of
 
@@ -22,12 +26,10 @@ def output(request):
 
 @pytest.fixture
 def labelling(demo, browser, screenshots, output):
-    context = browser.new_context(viewport={"width": 1400, "height": 1000})
-    page = LabellingPage(context.new_page(), demo.url, screenshots=screenshots, name=output)
-    page.log_in(demo.state["email"], demo.state["password"])
+    page = open_labelling(demo, browser, screenshots, output)
     yield page
     page.screenshot("last")
-    context.close()
+    page.page.context.close()
 
 
 def percent(thing: Thing, xy: tuple[int, int]) -> tuple[float, float]:
@@ -38,6 +40,13 @@ def percent(thing: Thing, xy: tuple[int, int]) -> tuple[float, float]:
 def corners(thing: Thing) -> tuple[tuple[float, float], tuple[float, float]]:
     left, top, right, bottom = thing.box_xyxy
     return percent(thing, (left, top)), percent(thing, (right, bottom))
+
+
+def open_labelling(demo, browser, screenshots, name):
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    page = LabellingPage(context.new_page(), demo.url, screenshots=screenshots, name=name)
+    page.log_in(demo.state["email"], demo.state["password"])
+    return page
 
 
 def stored(demo, task):
@@ -94,6 +103,42 @@ def test_click_correct_box_accept_and_submit(demo, labelling, output, capsys):
     with capsys.disabled():
         times = ", ".join(f"{seconds:.2f} s" for seconds in labelling.seconds)
         print(f"\n{output}, on the page: {times} (first click, Alt-click, rectangle)")  # noqa: T201
+
+
+def test_a_bitmask_is_drawn_accepted_and_read_again(demo, browser, screenshots):
+    """In a project of its own; what is stored is shown when the task is opened anew."""
+    config = demo_label_config("brush").replace("BrushLabels", "BitmaskLabels")
+    project = demo.client.create_project("bitmask", config)
+    demo.client.import_files(project["id"], [p for p in sample_images() if p.name == CAT.image])
+    connect(demo.client, project["id"], demo.backend_url, title="SAM")
+    task = demo.tasks(project["id"])[CAT.image]
+    page = open_labelling(demo, browser, screenshots, "bitmask")
+    page.open(project["id"], task["id"])
+    before = page.image_pixels()
+    page.choose("rectangle-tool")
+    page.label(_CAT_RECTANGLE)
+    page.drag(*corners(CAT))
+    page.screenshot("rectangle")
+    page.accept()
+    assert page.submit() == 201
+    [region] = stored(demo, task)
+    assert (region["type"], region["value"]["bitmasklabels"]) == ("bitmasklabels", ["Cat"])
+    mask = union_of([region])
+    assert share_inside(mask, CAT.box_xyxy) > 0.8
+    assert mask[CAT.inside_xy[1], CAT.inside_xy[0]]
+
+    page.open(project["id"], task["id"])
+    page.page.wait_for_timeout(1000)  # it is decoded in the background
+    after = page.image_pixels()
+    page.screenshot("stored")
+    inside, outside = change_inside_and_outside(before, after, mask)
+    assert inside > 3 * outside
+    config = parse_label_config(config)
+    [learnt] = supervision_of(
+        {"result": [region]}, config, image_name="image", size_hw=mask.shape
+    ).objects
+    np.testing.assert_array_equal(learnt.mask, mask)
+    page.page.context.close()
 
 
 def test_two_rectangles_become_two_objects(demo, labelling, output):

@@ -105,11 +105,11 @@ def test_the_demos_labelling_configs_are_right(settings, output):
         ),
         pytest.param(
             CONFIG.replace("BrushLabels", "BitmaskLabels").replace(
-                "</View>", '<PolygonLabels name="p" toName="image" smart="false"/></View>'
+                'name="mask" toName="image" smart="false"', 'name="mask" toName="image"'
             ),
             "warning",
-            "<BitmaskLabels> is not filled; use <BrushLabels> or <PolygonLabels>",
-            id="a tag for masks that is not filled",
+            'mask must have smart="false"',
+            id="and so is a bitmask",
         ),
         pytest.param(
             '<View><Image name="image" value="$image"/><RectangleLabels name="box" toName="image" '

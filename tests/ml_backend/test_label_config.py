@@ -126,7 +126,8 @@ def test_a_config_without_control_tags_is_read_but_has_nothing_to_answer_into():
         config.outputs_for("image")
     assert str(error.value) == (
         'the labelling config must have a tag with toName="image" to answer into, one of '
-        "<BrushLabels>, <PolygonLabels>, <RectangleLabels>, got none; add one, or change SAM_OUTPUT"
+        "<BrushLabels>, <BitmaskLabels>, <PolygonLabels>, <RectangleLabels>, got none; add one, or "
+        "change SAM_OUTPUT"
     )
 
 

@@ -115,7 +115,7 @@ def test_secrets_are_not_shown():
     [
         pytest.param(
             {"SAM_OUTPUT": "brush,blob"},
-            "SAM_OUTPUT must be 'brush', 'polygon' or 'rectangle', got 'blob'",
+            "SAM_OUTPUT must be 'brush', 'bitmask', 'polygon' or 'rectangle', got 'blob'",
             id="one-of-a-list",
         ),
         pytest.param(

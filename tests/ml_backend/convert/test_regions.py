@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from label_studio_sdk.converter.brush import decode_rle
+from label_studio_sdk.label_interface import LabelInterface
 
+from ml_backend.convert.png import mask_from_data_url
 from ml_backend.convert.regions import regions_from_mask
 from ml_backend.errors import LabelConfigError
 from ml_backend.label_config import parse_label_config
@@ -90,6 +92,35 @@ def test_writes_brush_polygon_and_rectangle(mask):
         },
     }
     assert json.loads(json.dumps([brush, polygon, rectangle])) == [brush, polygon, rectangle]
+
+
+@pytest.mark.parametrize("tag", ["BitmaskLabels", "Bitmask"])
+def test_writes_a_bitmask_between_brush_and_polygon(mask, tag):
+    """Value and type as Label Studio's SDK validates them."""
+    xml = (
+        '<View><Image name="image" value="$image"/>'
+        f'<PolygonLabels name="outline" toName="image">{LABELS}</PolygonLabels>'
+        f'<{tag} name="bits" toName="image">{LABELS}</{tag}>'
+        f'<Labels name="label" toName="image">{LABELS}</Labels>'
+        f'<BrushLabels name="mask" toName="image">{LABELS}</BrushLabels></View>'
+    )
+    found = regions(mask, parse_label_config(xml))
+    assert [one["type"] for one in found if one["type"] != "labels"] == [
+        *("brushlabels", tag.lower(), "polygonlabels")
+    ]
+    bits = found[1]
+    assert bits["from_name"] == "bits"
+    np.testing.assert_array_equal(
+        mask_from_data_url(bits["value"]["imageDataURL"], size_hw=(20, 50)), mask
+    )
+    control = LabelInterface(xml).get_control("bits")
+    assert control.validate_value(bits["value"])
+    if tag == "BitmaskLabels":
+        assert bits["value"]["bitmasklabels"] == ["Cat"]
+    else:
+        assert found[2] | {"from_name": "bits", "type": "bitmask"} == bits | {
+            "value": bits["value"] | {"labels": ["Cat"]}
+        }
 
 
 @pytest.mark.parametrize(

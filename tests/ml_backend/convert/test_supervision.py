@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from label_studio_sdk.converter.brush import decode_rle, mask2rle
 
+from ml_backend.convert.png import data_url_from_mask
 from ml_backend.convert.rle import rle_from_mask
 from ml_backend.convert.supervision import choose_annotation, supervision_of
 from ml_backend.label_config import parse_label_config
@@ -16,6 +17,7 @@ LABELS = '<Label value="Cat"/><Label value="Dog"/>'
 CONFIG = f"""<View>
   <Image name="image" value="$image"/>
   <BrushLabels name="mask" toName="image" smart="false">{LABELS}</BrushLabels>
+  <BitmaskLabels name="bits" toName="image">{LABELS}</BitmaskLabels>
   <PolygonLabels name="poly" toName="image">{LABELS}</PolygonLabels>
   <Brush name="plain" toName="image"/>
   <Labels name="labels" toName="image"><Label value="Cat"/></Labels>
@@ -75,6 +77,34 @@ def mask_of_box(x0, y0, x1, y1):
 def read(*regions, config=CONFIG, **fields):
     annotation = {"result": list(regions)} | fields
     return supervision_of(annotation, parse_label_config(config), image_name="image", size_hw=SIZE)
+
+
+def bitmask(mask, label="Cat", **fields):
+    value = {"imageDataURL": data_url_from_mask(mask)}
+    return region("bitmasklabels", value, name="bits", label=label, **fields)
+
+
+def test_a_bitmask_is_a_mask_unless_a_brush_says_the_same():
+    one, other = mask_of_box(2, 3, 12, 20), mask_of_box(20, 3, 40, 30)
+    got = read(
+        bitmask(one),
+        bitmask(other),
+        brush(one),
+        polygon((20, 3), (40, 3), (40, 30), (20, 30)),
+        bitmask(one, "Dog"),
+        bitmask(one[:20], "Dog"),
+    )
+    assert [found.label for found in got.objects] == ["Cat", "Cat", "Dog"]
+    for found, mask in zip(got.objects, (one, other, one), strict=True):
+        np.testing.assert_array_equal(found.mask, mask)
+    assert len(got.left_out) == 1
+    assert "must be of the image's size 50 x 40, got 50 x 20" in got.left_out[0]
+
+
+def test_a_bitmask_whose_tag_is_gone_is_named():
+    got = read(bitmask(mask_of_box(2, 3, 12, 20), from_name="gone"))
+    assert not got.objects
+    assert "(bitmasklabels) is of a tag that the labelling config has no more" in got.left_out[0]
 
 
 def test_two_accepted_suggestions_are_two_masks():
