@@ -125,9 +125,16 @@ class JobNotFoundError(BackendError):
 
 
 class JobsUnavailableError(BackendError):
-    """The jobs' database or their queue cannot be read or written."""
+    """The jobs' database or their queue cannot be read or written.
+
+    With `is_locked` somebody else holds the database, as a backup does: that passes.
+    """
 
     status = 503
+
+    def __init__(self, message: str, *, is_locked: bool = False) -> None:
+        super().__init__(message)
+        self.is_locked = is_locked
 
 
 class OverloadedError(BackendError):

@@ -36,7 +36,13 @@ from ml_backend.convert.supervision import (
     choose_annotation,
     supervision_of,
 )
-from ml_backend.errors import BackendError, ImageError, ImageFetchError, LabelStudioError
+from ml_backend.errors import (
+    BackendError,
+    ImageError,
+    ImageFetchError,
+    JobsUnavailableError,
+    LabelStudioError,
+)
 from ml_backend.images import ImageLoader, LoadedImage
 from ml_backend.jobs import Job, JobState, JobStore
 from ml_backend.label_config import ImageTag, LabelConfig, parse_label_config
@@ -170,8 +176,8 @@ def run_job(
         The job as it is now: finished, or queued again after a stop.
 
     Raises:
-        JobsUnavailableError: If what became of the job cannot be written down; it is running then,
-            and the next worker goes on with it.
+        JobsUnavailableError: If what became of the job cannot be written down, or somebody else
+            holds the database; it is running then, and the next worker goes on with it.
     """
     job = jobs.start(job_id)
     if job is None:
@@ -197,7 +203,9 @@ def run_job(
         return jobs.get(job.id)
     except _EndError as end:
         state, reason = end.state, str(end)
-    except Exception as error:  # noqa: BLE001  # a job must end with its reason
+    except Exception as error:  # a job must end with its reason
+        if isinstance(error, JobsUnavailableError) and error.is_locked:
+            raise  # what was learnt is kept, and the next worker goes on with it
         state, reason = "failed", _reason(error, settings)
         if not isinstance(error, BackendError | SamExtError):
             _log.exception("job %d", job.id)

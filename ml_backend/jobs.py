@@ -352,7 +352,8 @@ class JobStore:
         except sqlite3.Error as error:
             raise JobsUnavailableError(
                 f"{self._path} must be a database that can be read and written, got: {error}; "
-                "free the disk, or check who may write there"
+                "free the disk, or check who may write there",
+                is_locked="locked" in str(error),
             ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sqlite3
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from ml_backend import fit as module
+from ml_backend import jobs as jobs_module
 from ml_backend.connections import Connections
 from ml_backend.errors import JobsUnavailableError
 from ml_backend.fit import Methods, is_held_out, run_job, split_tasks
@@ -555,6 +557,28 @@ def test_jobs_that_cannot_be_written_down_end_the_worker(place, monkeypatch):
     monkeypatch.setattr(JobStore, "finish", refuse)
     with pytest.raises(JobsUnavailableError):
         place.run()
+
+
+def test_a_database_that_somebody_holds_costs_nothing_that_was_learnt(place, monkeypatch):
+    """A backup, say; the next worker goes on with the job."""
+    monkeypatch.setattr(jobs_module, "_BUSY_S", 0.05)
+    place.jobs = JobStore(place.settings.data_dir)
+    other = sqlite3.connect(place.settings.data_dir / "jobs.db", isolation_level=None)
+
+    def adapt(*args, on_step, **options):
+        other.execute("BEGIN EXCLUSIVE")
+        fake_adapt(*args, on_step=on_step, **options)
+        raise AssertionError
+
+    with pytest.raises(JobsUnavailableError, match="database is locked"):
+        place.run(methods=replace(METHODS, adapt=adapt))
+    other.execute("ROLLBACK")
+    [job] = place.jobs.jobs()
+    assert job.state == "running"
+    assert (place.run_dir / "snapshot.json").exists()
+    [job] = place.jobs.recover()
+    assert job.state == "queued"
+    assert place.run().state == "promoted"
 
 
 def test_masks_beyond_the_memory_are_learnt_from_as_boxes(place, label_studio, monkeypatch):
