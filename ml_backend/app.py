@@ -465,9 +465,9 @@ def _note(recent_errors: RecentErrors, response: Response) -> None:
     )
 
 
-def _report(recent_errors: RecentErrors, reason: str) -> None:
-    """Tell of what a request goes on in spite of."""
-    _log.warning("%s %s: %s [%s]", request.method, request.path, reason, g.id)
+def _report(recent_errors: RecentErrors, reason: str, where: str) -> None:
+    """Tell of what a request goes on in spite of; where that was would push other errors out."""
+    _log.warning("%s %s: %s: %s [%s]", request.method, request.path, where, reason, g.id)
     recent_errors.note(
         reason, request=f"{request.method} {request.path}", status=200, error_id=g.id
     )

@@ -72,8 +72,9 @@ class Service:
     jobs: JobStore
     queue: JobQueue
     prefetcher: Prefetcher | None = None
-    report: Callable[[str], None] = _log.warning
-    """Told, in a sentence, what a request goes on in spite of: nobody else hears of it."""
+    report: Callable[[str, str], None]
+    """Told what a request goes on in spite of, as nobody else hears of it: a sentence, and where
+    that was."""
 
     def close(self) -> None:
         """End all threads; what runs for an annotator is finished."""
@@ -209,7 +210,7 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
             )
 
     def _report(self, task: Task, reason: str) -> None:
-        self._service.report(f"task {task.get('id')}: {reason}")
+        self._service.report(reason, f"task {task.get('id')}")
 
     def _prefetch(self, task: Task) -> None:
         prefetcher = self._service.prefetcher
