@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, get_args
-from urllib.parse import urlsplit
 
 import label_studio_ml.api
 import prometheus_client
@@ -48,6 +47,7 @@ from ml_backend.prefetch import Prefetcher
 from ml_backend.registry import is_project_name
 from ml_backend.settings import Settings, TrainMethod
 from ml_backend.triggers import handle_event, start_job
+from ml_backend.web.forms import has_own_origin
 from ml_backend.web.page import PAGE, add_status_page
 from ml_backend.web.recent_errors import RecentErrors
 from sam_ext.automatic import default_grid
@@ -376,7 +376,7 @@ def _add_guards(app: Flask, settings: Settings, recent_errors: RecentErrors) -> 
         if isinstance(error, UnauthorizedError):
             response.headers["WWW-Authenticate"] = 'Basic realm="SAM", charset="UTF-8"'
         else:
-            _note(recent_errors, response)
+            _note(recent_errors, str(error), error.status)
         return response
 
     @app.errorhandler(HTTPException)
@@ -387,11 +387,9 @@ def _add_guards(app: Flask, settings: Settings, recent_errors: RecentErrors) -> 
     @app.errorhandler(Exception)
     def unexpected_error(error: Exception) -> Response:
         _log.exception("%s %s failed [%s]", request.method, request.path, g.id)
-        response = _error_response(
-            "the backend failed in a way it does not know; look for the id in its log", 500
-        )
-        _note(recent_errors, response)
-        return response
+        sentence = "the backend failed in a way it does not know; look for the id in its log"
+        _note(recent_errors, sentence, 500)
+        return _error_response(sentence, 500)
 
 
 def _has_credentials(settings: Settings) -> bool:
@@ -420,7 +418,7 @@ def _check_sender() -> None:
     """Refuse what another site makes a browser send, with the password that it remembers."""
     origin = request.headers.get("Origin")
     is_foreign = request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
-    if is_foreign or (origin is not None and urlsplit(origin).netloc != request.host):
+    if is_foreign or (origin is not None and not has_own_origin(request)):
         raise ForbiddenError(
             f"{request.path} must be asked by a program, got a page of "
             f"{(origin or 'another site')[:100]!r}; Label Studio's server asks it"
@@ -456,21 +454,15 @@ def _error_response(sentence: str, status: int) -> Response:
     return response
 
 
-def _note(recent_errors: RecentErrors, response: Response) -> None:
-    recent_errors.note(
-        response.get_json()["error"],
-        request=f"{request.method} {request.path}",
-        status=response.status_code,
-        error_id=g.id,
-    )
+def _note(recent_errors: RecentErrors, reason: str, status: int) -> None:
+    request_line = f"{request.method} {request.path}"
+    recent_errors.note(reason, request=request_line, status=status, error_id=g.id)
 
 
 def _report(recent_errors: RecentErrors, reason: str, where: str) -> None:
     """Tell of what a request goes on in spite of; where that was would push other errors out."""
     _log.warning("%s %s: %s: %s [%s]", request.method, request.path, where, reason, g.id)
-    recent_errors.note(
-        reason, request=f"{request.method} {request.path}", status=200, error_id=g.id
-    )
+    _note(recent_errors, reason, 200)
 
 
 def _add_metrics(app: Flask, service: Service) -> None:

@@ -120,10 +120,9 @@ def train(
 ) -> None:
     """Queue a training of a project, as its Start Training button does."""
     from ml_backend.connections import Connections
-    from ml_backend.jobs import JobQueue, JobStore
+    from ml_backend.jobs import JobQueue, JobStore, has_worker
     from ml_backend.label_studio import LabelStudioClient, project_name
     from ml_backend.triggers import start_job
-    from ml_backend.worker import has_worker
 
     url, token = _address_and_token(url, token)
     with _errors_as_one_sentence():
@@ -135,7 +134,7 @@ def train(
         queue.close()
     where = settings.data_dir.resolve()
     typer.echo(f"Job {job.id} is queued in {where}: a training of project {name}, method {chosen}.")
-    if not has_worker(settings):
+    if not has_worker(settings.data_dir):
         typer.echo(
             f"No worker runs on {where}: start one with `serve` or `worker`, or set DATA_DIR to "
             "the service's folder",

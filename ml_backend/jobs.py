@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huey import RedisHuey, SqliteHuey
 from huey.exceptions import HueyException
 from redis.exceptions import RedisError
@@ -26,7 +26,16 @@ from redis.exceptions import RedisError
 from ml_backend.errors import JobExistsError, JobNotFoundError, JobsUnavailableError
 from ml_backend.settings import Settings, TrainMethod
 
-__all__ = ["UNFINISHED", "Job", "JobQueue", "JobState", "JobStore", "Trigger"]
+__all__ = [
+    "UNFINISHED",
+    "Job",
+    "JobQueue",
+    "JobState",
+    "JobStore",
+    "Trigger",
+    "has_worker",
+    "worker_lock",
+]
 
 JobState = Literal["queued", "running", "judging", "promoted", "rejected", "failed", "cancelled"]
 Trigger = Literal["start_training", "annotations", "command"]
@@ -355,6 +364,24 @@ class JobStore:
                 "free the disk, or check who may write there",
                 is_locked="locked" in str(error),
             ) from error
+
+
+def worker_lock(data_dir: Path) -> FileLock:
+    """Make the lock that the one worker of a `DATA_DIR` holds; it is not taken."""
+    return FileLock(data_dir / "worker.lock")
+
+
+def has_worker(data_dir: Path) -> bool:
+    """Say whether a worker runs on a `DATA_DIR`, on this machine."""
+    lock = worker_lock(data_dir)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -240,18 +240,13 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
 
     def _batch_answer(self, task: Task) -> list[Region]:
         for where, stored in _stored(task):
-            read_all = partial(objects_from_annotation, stored, self._config, where=where)
-
-            def read(
-                size_hw: tuple[int, int], read_all: Callable[..., StoredPrompts] = read_all
-            ) -> list[PromptedObject]:
-                return read_all(size_hw=size_hw).objects
-
-            for _, error in read_all(size_hw=_ANY_SIZE).left_out:
+            read = partial(objects_from_annotation, stored, self._config, where=where)
+            asked = read(size_hw=_ANY_SIZE)
+            for _, error in asked.left_out:
                 self._report(task, f"left out: {error}")
-            if read(_ANY_SIZE):
+            if asked.objects:
                 with self._service.engine.admitted():
-                    return self._answer(task, read, Priority.BATCH)
+                    return self._answer(task, partial(_objects_of, read), Priority.BATCH)
         # Asked without the model, which may have to be loaded.
         if self._service.models.prompt_free_label_of(self._project) is not None:
             with self._service.engine.admitted():
@@ -423,6 +418,12 @@ class SamBackend(LabelStudioMLBase):  # type: ignore[misc]  # label-studio-ml ha
         return self._service.images.load(
             {**task, "data": data, "project": self._project}, tag.value_key
         )
+
+
+def _objects_of(
+    read: Callable[..., StoredPrompts], size_hw: tuple[int, int]
+) -> list[PromptedObject]:
+    return read(size_hw=size_hw).objects
 
 
 def _stored(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:

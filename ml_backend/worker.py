@@ -16,11 +16,11 @@ from ml_backend.connections import Connections
 from ml_backend.errors import JobNotFoundError, JobsUnavailableError, SettingsError
 from ml_backend.fit import Methods, run_job
 from ml_backend.images import ImageLoader
-from ml_backend.jobs import Job, JobQueue, JobStore
+from ml_backend.jobs import Job, JobQueue, JobStore, worker_lock
 from ml_backend.loading import open_registry
 from ml_backend.settings import Settings
 
-__all__ = ["Worker", "has_worker", "run_worker"]
+__all__ = ["Worker", "run_worker"]
 
 _log = logging.getLogger(__name__)
 
@@ -64,22 +64,8 @@ def run_worker(settings: Settings) -> None:
         raise worker.failure
 
 
-def has_worker(settings: Settings) -> bool:
-    """Say whether a worker runs on this `DATA_DIR`, on this machine."""
-    lock = FileLock(settings.data_dir / "worker.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:
-        return False
-    lock.release()
-    return False
-
-
 def _lock(settings: Settings) -> FileLock:
-    path = settings.data_dir / "worker.lock"
-    lock = FileLock(path)
+    lock = worker_lock(settings.data_dir)
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

@@ -140,7 +140,7 @@ def supervision_of(
     objects = _with_boxes(masked, boxed)
     for one in prompted:
         if one.box_xyxy is None:
-            objects = _with_points(objects, one, is_ground_truth)
+            objects = _with_pointed(objects, one, is_ground_truth)
     return Supervision(objects=tuple(objects), left_out=tuple(left_out))
 
 
@@ -275,37 +275,32 @@ def _with_boxes(
     return objects + own
 
 
-def _with_points(
+def _with_pointed(
     objects: list[SupervisedObject], pointed: PromptedObject, is_ground_truth: bool
 ) -> list[SupervisedObject]:
-    """Put the keypoints of one label where they belong, or make objects of them."""
-    label = _label(pointed.labels)
-    objects = list(objects)
-    alone: list[NDArray[np.float64]] = []
-    negative = pointed.point_coords[pointed.point_labels == 0]
-    for point in pointed.point_coords[pointed.point_labels == 1]:
-        around = [
-            index
-            for index, other in enumerate(objects)
-            if _alike(other.label, label) and _holds(other, point)
-        ]
-        if around:
-            index = min(around, key=lambda index: _extent(objects[index]))
-            objects[index] = _with_point(objects[index], point)
-        else:
-            alone.append(point)
-    objects += [
-        SupervisedObject(
-            label=label,
-            box_xyxy=None,
-            point_coords=np.vstack((point[None], negative)),
-            point_labels=np.array([1] + [0] * len(negative), np.int64),
-            mask=None,
-            is_ground_truth=is_ground_truth,
-        )
-        for point in alone
+    """Put a keypoint on something where it belongs, or make an object of it."""
+    label, is_on_it = _label(pointed.labels), pointed.point_labels == 1
+    [point] = pointed.point_coords[is_on_it]
+    negative = pointed.point_coords[~is_on_it]
+    around = [
+        index
+        for index, other in enumerate(objects)
+        if _alike(other.label, label) and _holds(other, point)
     ]
-    return objects
+    objects = list(objects)
+    if around:
+        index = min(around, key=lambda index: _extent(objects[index]))
+        objects[index] = _with_point(objects[index], point)
+        return objects
+    alone = SupervisedObject(
+        label=label,
+        box_xyxy=None,
+        point_coords=np.vstack((point[None], negative)),
+        point_labels=np.array([1] + [0] * len(negative), np.int64),
+        mask=None,
+        is_ground_truth=is_ground_truth,
+    )
+    return [*objects, alone]
 
 
 def _with_point(one: SupervisedObject, point: NDArray[np.float64]) -> SupervisedObject:

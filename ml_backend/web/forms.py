@@ -17,7 +17,7 @@ from flask import Request, Response
 
 from ml_backend.errors import ForbiddenError, SettingsError
 
-__all__ = ["FormGuard"]
+__all__ = ["FormGuard", "has_own_origin"]
 
 _COOKIE = "sam-status-page"
 _KEY_BYTES = 32
@@ -91,6 +91,11 @@ def _is_same_site(request: Request) -> bool:
     site = request.headers.get("Sec-Fetch-Site")
     if site is not None:  # sent to https addresses and to this machine only
         return site == "same-origin"
+    return has_own_origin(request)
+
+
+def has_own_origin(request: Request) -> bool:
+    """Say whether a request names this very address as the page that sent it."""
     origin = request.headers.get("Origin", "")
     return bool(origin) and urlsplit(origin).netloc == request.host
 

@@ -42,7 +42,7 @@ from sam_ext.sam import Sam
 from sam_ext.sam_adapter import SamAdapterConfig, attach_sam_adapter, sam_adapter_parameters
 from sam_ext.stable_sam import StableSam, plugin_for
 from sam_ext.training.branch import Branch, Seen, pixels_of, token_groups
-from sam_ext.training.losses import cross_entropy, mask_iou, soft_iou_loss
+from sam_ext.training.losses import cross_entropy, mask_iou, mean_where, soft_iou_loss
 from sam_ext.training.parts import MASK_STRIDE, Kept, PartSource, View, empty_view
 from sam_ext.training.robust import noisy_boxes, random_points
 from sam_ext.training.steps import (
@@ -444,7 +444,7 @@ def _prompted_losses(
     losses = {
         "bce": bce[at_best].mean(),
         "soft_iou": soft_iou[at_best].mean(),
-        "iou": (errors * known).sum() / known.sum().clamp(min=1),
+        "iou": mean_where(known, errors),
     }
     return losses, ious[at_best].mean()
 

@@ -17,6 +17,7 @@ __all__ = [
     "dice_loss",
     "focal_loss",
     "mask_iou",
+    "mean_where",
     "soft_iou_loss",
     "squared_dice_loss",
 ]
@@ -183,6 +184,11 @@ def mask_iou(logits: Tensor, targets: Tensor) -> Tensor:
     overlap = (predicted & wanted).sum(dim=(-2, -1))
     union = (predicted | wanted).sum(dim=(-2, -1))
     return overlap / union.clamp(min=1)
+
+
+def mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """Average some of the values, both [P]; 0 for none."""
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 def _check(logits: Tensor, targets: Tensor) -> None:

@@ -73,7 +73,7 @@ from sam_ext.training.branch import (
     token_groups,
     unpadded,
 )
-from sam_ext.training.losses import dice_loss, mask_iou, squared_dice_loss
+from sam_ext.training.losses import dice_loss, mask_iou, mean_where, squared_dice_loss
 from sam_ext.training.parts import MASK_STRIDE, Kept, PartSource, PromptChoice, View
 from sam_ext.training.robust import noisy_boxes, random_points
 from sam_ext.training.steps import (
@@ -487,7 +487,7 @@ def _student_losses(
         ("dice", dice[at_best]),
         ("iou", (guessed - ious).square()),
     ):
-        losses[name] = _mean_where(known, values)
+        losses[name] = mean_where(known, values)
     if config.anchor_weight and config.targets == "teacher":
         wanted = _anchor_shares(view, target, config)
         losses["anchor"] = 0.5 * _dice(student, wanted, config).mean()
@@ -495,17 +495,12 @@ def _student_losses(
     has_box = boxes.flatten(1).any(1)
     if config.projection_weight:
         values = box_projection_loss(student, boxes)
-        losses["projection"] = _mean_where(has_box, values)
+        losses["projection"] = mean_where(has_box, values)
     if config.pairwise_weight and config.targets == "teacher":
         affinity = color_affinity(view.image, stride=MASK_STRIDE).to(device)
         values = (1 - target.trust) * pairwise_loss(student, affinity, boxes)
-        losses["pairwise"] = _mean_where(has_box, values)
-    return losses, _mean_where(known, ious)
-
-
-def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
-    """Average some of the values [P]; 0 for none."""
-    return (values * chosen).sum() / chosen.sum().clamp(min=1)
+        losses["pairwise"] = mean_where(has_box, values)
+    return losses, mean_where(known, ious)
 
 
 def _loosened(
